@@ -1,0 +1,45 @@
+"""Names that more than one room must spell alike: group, labels, environment, ports, paths."""
+
+from typing import Final
+
+GROUP: Final = "dstrain.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "DeepSeekTraining"
+PLURAL: Final = "deepseektrainings"
+SINGULAR: Final = "deepseektraining"
+SHORT_NAMES: Final = ("dst",)
+CATEGORIES: Final = ("training",)
+
+MANAGER: Final = "dstrain-operator"
+LABEL_TRAINING: Final = f"{GROUP}/training"
+LABEL_SLOT: Final = f"{GROUP}/slot"
+LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+
+# Environment of every worker pod, set by the operator.
+ENV_COORDINATOR: Final = "DSTRAIN_COORDINATOR"  # http(s)://host:port
+ENV_TOKEN: Final = "DSTRAIN_TOKEN"  # bearer token of this training
+ENV_TRAINING: Final = "DSTRAIN_TRAINING"  # name of the resource
+ENV_TRAINING_UID: Final = "DSTRAIN_TRAINING_UID"
+ENV_NAMESPACE: Final = "DSTRAIN_NAMESPACE"
+ENV_POD: Final = "DSTRAIN_POD"
+ENV_POD_UID: Final = "DSTRAIN_POD_UID"
+ENV_POD_IP: Final = "DSTRAIN_POD_IP"
+ENV_NODE: Final = "DSTRAIN_NODE"
+ENV_SLOT: Final = "DSTRAIN_SLOT"
+ENV_CONFIG: Final = "DSTRAIN_CONFIG"  # JSON of dstrain_api.config.TrainerConfig
+ENV_CHECKPOINT_DIR: Final = "DSTRAIN_CHECKPOINT_DIR"  # folder shared by all workers
+ENV_BEAT_INTERVAL: Final = "DSTRAIN_BEAT_INTERVAL_S"
+ENV_METRICS_PORT: Final = "DSTRAIN_METRICS_PORT"  # 0: any free port (local runs)
+
+# Environment of every worker process, set by the agent (torchrun) for one generation.
+ENV_GENERATION: Final = "DSTRAIN_GENERATION"
+ENV_REPORT_SOCKET: Final = "DSTRAIN_REPORT_SOCKET"  # unix datagram socket of the pod's agent
+
+METRICS_PORT: Final = 9400
+COORDINATOR_PORT: Final = 8080
+TRAINER_CONTAINER: Final = "trainer"
+RENDEZVOUS_BACKEND: Final = "dstrain"
+VOLUME_ROOT: Final = (
+    "/mnt/dstrain"  # pvc://claim/path is seen by the trainer at VOLUME_ROOT/claim/path
+)

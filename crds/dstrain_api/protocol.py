@@ -1,0 +1,121 @@
+"""What worker pods and the coordinator say to each other: JSON over HTTP, one bearer token per training.
+
+    POST /v1/trainings/{uid}/join    agent: I want the next generation   -> Assignment, or 202 and an empty Assignment: ask again
+    POST /v1/trainings/{uid}/beat    agent, every beat interval          -> Orders
+    POST /v1/trainings/{uid}/report  agent, for its worker processes     -> 204
+    POST /v1/trainings/{uid}/commit  rank 0: may this become the checkpoint? -> Verdict
+
+Status codes: 401 wrong token; 404 the training is not known (yet): ask again; 410 this pod is no member and will never be
+one again (it was replaced): exit. Generations count from 1; 0 means none.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dstrain_api.base import ApiModel
+
+Short = Annotated[str, Field(max_length=253)]
+
+ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
+
+
+class Join(ApiModel):
+    """A pod asks for the next generation.
+
+    `generation` is the one it comes from (0: none yet). Naming the current generation says that it is over.
+    """
+
+    pod: Short
+    pod_uid: Short
+    slot: int = Field(ge=0)
+    node: Short = ""
+    address: Short
+    port: int = Field(
+        ge=1, le=65_535, description="A free port of this pod, should it become rank 0."
+    )
+    generation: int = Field(ge=0)
+    processes: int = Field(ge=1, description="Worker processes in this pod.")
+
+
+class Assignment(ApiModel):
+    """A pod's place in one generation; `generation` 0 means: not formed yet, ask again."""
+
+    generation: int = 0
+    group_rank: int = 0
+    group_world_size: int = 0
+    master_address: str = ""
+    master_port: int = 0
+
+
+class Beat(ApiModel):
+    """A pod is alive. It carries what a coordinator that has just started must know to adopt the generation."""
+
+    pod: Short
+    pod_uid: Short
+    slot: int = Field(ge=0)
+    node: Short = ""
+    generation: int = Field(ge=0)
+    group_rank: int = Field(ge=0)
+    group_world_size: int = Field(ge=0)
+    master_address: Short = ""
+    master_port: int = Field(0, ge=0, le=65_535)
+    state: Literal["joining", "running", "done", "leaving"]
+    step: int = Field(0, ge=0, description="Last finished step of this pod's processes.")
+
+
+class Orders(ApiModel):
+    """Answer to a beat. `generation` is the current one; another than the pod's own means: yours is over, join again."""
+
+    generation: int
+    stop: bool = Field(False, description="Save and exit: the training is suspended or ends.")
+
+
+class ProgressReport(ApiModel):
+    """What rank 0 says after a step (at most a few times per second)."""
+
+    step: int = Field(ge=0)
+    total_steps: int = Field(0, ge=0)
+    tokens: int = Field(0, ge=0)
+    loss: float | None = None
+    tokens_per_second: float = Field(0.0, ge=0)
+    step_seconds: float = Field(0.0, ge=0)
+    mfu: float | None = None
+    resumed_step: int | None = Field(
+        None, description="Step this generation resumed from; 0 from scratch."
+    )
+
+
+class ErrorReport(ApiModel):
+    """A worker process ended badly."""
+
+    local_rank: int = Field(ge=0)
+    exit_code: int
+    message: Annotated[str, Field(max_length=ERROR_TEXT_LIMIT)] = ""
+    fingerprint: Short = ""
+
+
+class Report(ApiModel):
+    """Progress or an error of a pod's worker processes."""
+
+    pod_uid: Short
+    generation: int = Field(ge=0)
+    progress: ProgressReport | None = None
+    error: ErrorReport | None = None
+    done: bool = Field(False, description="The program reached its end and made its last commit.")
+
+
+class Commit(ApiModel):
+    """Rank 0 asks whether a complete checkpoint folder may become the one to resume from."""
+
+    pod_uid: Short
+    generation: int = Field(ge=1)
+    step: int = Field(ge=0)
+    uri: Annotated[str, Field(max_length=1024)]
+
+
+class Verdict(ApiModel):
+    """Answer to a commit."""
+
+    accepted: bool
+    reason: str = ""

@@ -1,0 +1,53 @@
+"""What daemons leave outside the folder of their cluster, and its removal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from e2e.clusters.netns.plan import Plan
+from e2e.clusters.shell import ClusterError, run
+
+
+def unmount_below(folder: Path) -> None:
+    """Detach every mount below `folder`, the innermost first."""
+    for mount in reversed(_mounts_below(folder)):
+        run("umount", "--lazy", mount)
+
+
+def remove_below(folder: Path) -> None:
+    """Remove a folder in which nothing is mounted any more.
+
+    Raises ClusterError rather than delete through a mount, which may be somebody's data.
+    """
+    if left := _mounts_below(folder):
+        raise ClusterError(f"still mounted: {', '.join(left)}")
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def remove_shim_sockets(containerd_state: Path) -> None:
+    """A killed shim leaves its socket in /run/containerd/s; the bundle says which it is."""
+    for address in containerd_state.glob("io.containerd.runtime.v2.task/*/*/address"):
+        Path(address.read_text().removeprefix("unix://")).unlink(missing_ok=True)
+
+
+def remove_cni_results(plan: Plan) -> None:
+    """libcni caches the result of each attachment under the network's name."""
+    for result in Path("/var/lib/cni/results").glob(f"{plan.prefix}-*"):
+        result.unlink(missing_ok=True)
+
+
+def remove_log_links(folder: Path) -> None:
+    """Kubelet links each container's log in /var/log/containers, wherever the logs are."""
+    for link in Path("/var/log/containers").glob("*"):
+        if link.is_symlink() and os.readlink(link).startswith(f"{folder}/"):
+            link.unlink(missing_ok=True)
+
+
+def _mounts_below(folder: Path) -> list[str]:
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    # The kernel writes blanks in a path as octal escapes.
+    paths = [line.split()[1].encode().decode("unicode_escape") for line in lines]
+    return [p for p in paths if p.startswith(f"{folder}/")]
