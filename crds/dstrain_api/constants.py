@@ -43,3 +43,6 @@ RENDEZVOUS_BACKEND: Final = "dstrain"
 VOLUME_ROOT: Final = (
     "/mnt/dstrain"  # pvc://claim/path is seen by the trainer at VOLUME_ROOT/claim/path
 )
+
+# A worker process that saved because a peer was told to stop exits with this code (EX_TEMPFAIL): start it again.
+EXIT_RESTART: Final = 75

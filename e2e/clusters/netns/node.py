@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from e2e.clusters.netns import cgroups
+from e2e.clusters.netns import cgroups, imagestore
 from e2e.clusters.netns.plan import Plan
 from e2e.clusters.netns.processes import in_cgroup, is_daemon, kill_all, start, wait_ready
 from e2e.clusters.netns.state import State
-from e2e.clusters.shell import ClusterError, run
-
-PAUSE_IMAGE = "localhost/dstrain/pause:1"
 
 
 def prepare(plan: Plan, state: State, node: str) -> None:
-    """Write the node's configuration and make its cgroup."""
+    """Make a new node's disk: its configuration and the images known so far."""
     folder = state.node(node)
-    (folder / "cni").mkdir(parents=True, exist_ok=True)
+    (folder / "cni").mkdir(parents=True)
+    imagestore.copy_seed(folder / "containerd")
     (folder / "cni" / "10-pods.conflist").write_text(_cni(plan, state, node))
     (folder / "containerd.toml").write_text(_containerd(state, node))
     (folder / "resolv.conf").write_text(f"nameserver {plan.gateway}\n")
     (folder / "kubelet.json").write_text(_kubelet(plan, state, node))
     (folder / "proxy.json").write_text(_proxy(plan, state, node))
-    cgroups.make(plan.place(node))
 
 
 def start_containerd(plan: Plan, state: State, node: str) -> None:
     """Start containerd and wait until it answers; needs no API server."""
+    cgroups.make(plan.place(node))
     log = state.log(f"{node}-containerd")
     start(
         "containerd",
@@ -36,7 +34,8 @@ def start_containerd(plan: Plan, state: State, node: str) -> None:
         log=log,
         namespace=plan.place(node),
     )
-    wait_ready("containerd", state.node(node), log, lambda: _containerd_answers(state, node))
+    socket = state.socket(node)
+    wait_ready("containerd", state.node(node), log, lambda: imagestore.containerd_answers(socket))
 
 
 def start_kubelet(plan: Plan, state: State, programs: Path, node: str) -> None:
@@ -67,14 +66,6 @@ def kill(plan: Plan, state: State, node: str) -> None:
     kill_all(lambda pid: is_daemon(pid, folder) or in_cgroup(pid, cgroup))
 
 
-def _containerd_answers(state: State, node: str) -> bool:
-    try:
-        run("ctr", "--address", state.socket(node), "version", timeout_s=5)
-    except ClusterError:
-        return False
-    return True
-
-
 def _cni(plan: Plan, state: State, node: str) -> str:
     # ptp and not bridge: packets between two pods of one node then pass the node's routing, so a
     # service address works between them even where the kernel has no br_netfilter.
@@ -103,7 +94,7 @@ address = "{state.socket(node)}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{folder}/opt"
 [plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "{PAUSE_IMAGE}"
+sandbox_image = "{imagestore.PAUSE_IMAGE}"
 netns_mounts_under_state_dir = true
 restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".cni]

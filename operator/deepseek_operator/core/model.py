@@ -195,7 +195,7 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     nodes: Mapping[str, NodeView] = field(default_factory=dict)
     gathering: Gathering = field(default_factory=Gathering)
-    existing: frozenset[str] = frozenset()  # "Kind/name" of the other owned objects known to exist
+    refused: str = ""  # what the cluster said when it refused the last create for good, if it did
     token: str = ""  # the training's bearer token, for its Secret
     status_written_at_s: float = 0.0  # when this process last wrote the status; 0: never
 
