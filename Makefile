@@ -1,0 +1,60 @@
+# Everything that a person does with this repository. `make run` and `make test` need Python >= 3.11, make and git.
+PYTHON ?= python3
+# An extra package index for torch (a CPU-only build is much smaller); empty takes the default index's.
+TORCH_INDEX_URL ?=
+CLUSTER ?= dstrain
+NODES ?= 3
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+.PHONY: help run test e2e cluster cluster-down lint format bench generate clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-run: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e '.[operator,trainer]'
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e '.[operator,trainer,dev]'
+	@touch $@ .venv/installed-run
+
+run: .venv/installed-run  ## train examples/mini.yaml on this machine, with live progress
+	$(BIN)/dstrain run examples/mini.yaml
+
+test: .venv/installed-dev  ## all tests that need no cluster
+	$(BIN)/python -m pytest
+
+cluster: .venv/installed-dev  ## a local Kubernetes: kind where Docker answers, network namespaces otherwise (root)
+	$(BIN)/python -m e2e.clusters up --name $(CLUSTER) --nodes $(NODES)
+
+cluster-down: .venv/installed-dev  ## stop and remove it
+	$(BIN)/python -m e2e.clusters down --name $(CLUSTER)
+
+e2e: .venv/installed-dev  ## the suites on a real cluster with the real images and chart
+	$(BIN)/python -m pytest e2e --ignore=e2e/tests
+
+lint: .venv/installed-dev  ## formatting, style, types and the rules of who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed-dev  ## side-by-side figures of this machine
+	$(BIN)/python -m benchmarks
+
+generate: .venv/installed-dev  ## everything that is made from code: CRD, reference pages, dashboards
+	$(BIN)/python -m tools.generate
+
+clean:  ## remove the environment and all caches of this checkout
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs
