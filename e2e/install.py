@@ -1,0 +1,66 @@
+"""Build the images of this checkout, give them to a cluster, and install the chart with helm."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from e2e.clusters import images
+from e2e.clusters.interface import Cluster
+from e2e.clusters.shell import run
+
+CHART = Path(__file__).resolve().parent.parent / "charts" / "deepseek-operator"
+NAMESPACE = "dstrain-system"
+RELEASE = "dstrain"
+
+
+@dataclass(frozen=True)
+class Release:
+    """An installed chart."""
+
+    cluster: Cluster
+    namespace: str
+    name: str
+
+    def pod(self) -> dict[str, object]:
+        """The operator's running pod."""
+        selector = "app.kubernetes.io/name=deepseek-operator"
+        items = json.loads(
+            self.cluster.kubectl("-n", self.namespace, "get", "pods", "-l", selector, "-o", "json")
+        )["items"]
+        running = [p for p in items if p["status"]["phase"] == "Running"]
+        assert len(running) == 1, [p["metadata"]["name"] for p in items]
+        return dict(running[0])
+
+
+def build_and_load(cluster: Cluster) -> dict[str, str]:
+    """Image name by Dockerfile target, as the cluster's nodes know it."""
+    names = {}
+    for target in ("operator", "trainer"):
+        names[target] = images.build(target)
+        cluster.load_image(names[target])
+    return names
+
+
+def helm(cluster: Cluster, *arguments: str) -> str:
+    """Standard output of helm as the cluster's administrator."""
+    return run("helm", *arguments, timeout_s=300, environment={**os.environ, **cluster.exports()})
+
+
+def chart_values(images_by_target: dict[str, str]) -> list[str]:
+    """The values that every install of these tests sets: the images."""
+    settings = {}
+    for key, target in (("image", "operator"), ("trainer.image", "trainer")):
+        repository, tag = images_by_target[target].rsplit(":", 1)
+        settings |= {f"{key}.repository": repository, f"{key}.tag": tag}
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def helm_install(cluster: Cluster, images_by_target: dict[str, str]) -> Release:
+    """`helm upgrade --install --wait`, as the README tells a user to."""
+    arguments = ["upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE]
+    arguments += ["--create-namespace", "--wait", "--timeout", "120s"]
+    helm(cluster, *arguments, *chart_values(images_by_target))
+    return Release(cluster, NAMESPACE, RELEASE)

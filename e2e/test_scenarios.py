@@ -1,0 +1,285 @@
+"""What a training survives, each as a user would see it with kubectl. The real cluster, the real chart, the real images."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from e2e.report import Report
+
+from e2e import install
+from e2e.clusters.interface import Cluster
+from e2e.conftest import MakeTraining
+from e2e.training import Seen, Training
+
+COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
+
+
+@pytest.fixture(scope="module")
+def undisturbed_loss() -> dict[str, float]:
+    """Final loss of the undisturbed run, kept by the first scenario for those that must equal it."""
+    return {}
+
+
+def run_marks(report: Report, training: Training) -> None:
+    """Report the times of a start: submit, first pod, first step."""
+    running = next(s for s in training.seen if s.step >= 1)
+    placed = next(s for s in training.seen if s.status.get("attempt", 0) >= 1)
+    report.time(f"{training.name}: submit to pods", placed.at_s - training.applied_at_s)
+    report.time(f"{training.name}: submit to first step seen", running.at_s - training.applied_at_s)
+
+
+def recovery_marks(report: Report, what: str, finished: Seen) -> None:
+    """Report what the status says the failures cost."""
+    for entry in finished.status.get("history", []):
+        if entry.get("seconds") is not None:
+            report.time(f"{what}: failure to first new step ({entry['reason']})", entry["seconds"])
+
+
+def slot(training: Training, number: int) -> dict[str, Any]:
+    """The live pod in a slot."""
+    return next(
+        p
+        for p in training.live_pods()
+        if p["metadata"]["labels"]["dstrain.dev/slot"] == str(number)
+    )
+
+
+def processes_of(cluster: Cluster, namespace: str, pod: str) -> list[int]:
+    """Process ids, inside the pod, of its training processes (not of torchrun, which is 1)."""
+    listing = cluster.kubectl(
+        "-n", namespace, "exec", pod, "--", "python3", "-c",
+        "import pathlib\n"
+        "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
+        "    try: status = (p / 'status').read_text()\n"
+        "    except OSError: continue\n"
+        "    if 'PPid:\\t1\\n' in status: print(p.name)\n",
+    )  # fmt: skip
+    return [int(line) for line in listing.split()]
+
+
+def test_1_apply_reaches_complete_and_tells_its_story(
+    make_training: MakeTraining, report: Report, undisturbed_loss: dict[str, float]
+) -> None:
+    training = make_training("mini")
+    training.apply()
+    training.wait_step(1, 120)
+    columns = training.kubectl("get", "dst", "mini")
+    assert "PROGRESS" in columns
+    assert "TOK/S" in columns
+    finished = training.wait_complete(COMPLETE_S)
+    run_marks(report, training)
+
+    progress = finished.status["progress"]
+    assert progress["step"] == progress["totalSteps"]
+    shown = {s.status["summary"]["progress"] for s in training.seen if s.step}
+    assert len(shown) >= 3, f"columns showed progress while it ran: {shown}"
+    steps = training.steps(training.pods()[0]["metadata"]["name"])
+    assert steps[0][1] - steps[-1][1] >= 1.5, "the model learned"
+    assert [s for s, _ in steps] == list(range(steps[0][0], steps[-1][0] + 1))
+    assert finished.status["checkpoint"]["step"] == progress["totalSteps"]
+    undisturbed_loss["mini"] = progress["loss"]
+    report.text("kubectl get dst while running", columns)
+    report.text("kubectl get dst at the end", training.kubectl("get", "dst", "mini"))
+    report.time("mini: submit to complete", finished.at_s - training.applied_at_s)
+
+
+def test_2_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
+    make_training: MakeTraining,
+    cluster: Cluster,
+    operator: install.Release,
+    report: Report,
+    undisturbed_loss: dict[str, float],
+) -> None:
+    training = make_training("powerloss")
+    training.apply()
+    operator_node = operator.pod()["spec"]["nodeName"]  # type: ignore[index]
+    training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
+    victim = next(p for p in training.live_pods() if p["spec"]["nodeName"] != operator_node)
+    survivor = next(p for p in training.live_pods() if p is not victim)
+    node = victim["spec"]["nodeName"]
+    off_at = time.monotonic()
+    cluster.power_off(node)
+    try:
+        lost = training.wait("NodeLost", lambda s: _lost(s, node), 60)
+        report.time("power-off to noticed", lost.at_s - off_at)
+        before = lost.status["history"][-1]["fromStep"]
+        again = training.wait("a new step", lambda s: _recovered(s, before), 120)
+        report.time("power-off to first new step seen", again.at_s - off_at)
+        assert node not in {p["spec"].get("nodeName") for p in training.live_pods()}
+    finally:
+        cluster.power_on(node)
+    finished = training.wait_complete(COMPLETE_S)
+    recovery_marks(report, "power-off", finished)
+
+    entry = finished.status["history"][-1]
+    assert entry["reason"] == "NodeLost"
+    assert entry["node"] == node
+    assert entry["resumedStep"] is not None
+    assert entry["resumedStep"] > 0, "from a checkpoint, not from scratch"
+    assert_continuous(training.steps(survivor["metadata"]["name"]), entry["resumedStep"])
+    assert finished.status["progress"]["loss"] == pytest.approx(undisturbed_loss["mini"], abs=1e-3)
+    cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
+    assert not [p for p in training.live_pods() if p["spec"].get("nodeName") == node]
+
+
+def _lost(seen: Seen, node: str) -> bool:
+    return any(
+        h["reason"] == "NodeLost" and h["node"] == node for h in seen.status.get("history", [])
+    )
+
+
+def _recovered(seen: Seen, step: int) -> bool:
+    history = seen.status.get("history", [])
+    return bool(history) and history[-1].get("seconds") is not None and seen.step >= step
+
+
+def assert_continuous(steps: list[tuple[int, float]], resumed: int) -> None:
+    """Each step follows the one before, but for one return to the step after the checkpoint."""
+    numbers = [number for number, _ in steps]
+    returns = [(a, b) for a, b in zip(numbers, numbers[1:], strict=False) if b != a + 1]
+    if numbers[0] != 1:
+        assert numbers[0] == resumed + 1
+        assert not returns
+    else:
+        assert [b for _, b in returns] == [resumed + 1], returns
+
+
+def test_3_a_killed_process_costs_a_generation_and_no_pod(
+    make_training: MakeTraining, cluster: Cluster, namespace: str, report: Report
+) -> None:
+    training = make_training("processkill")
+    training.apply()
+    training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
+    before = {p["metadata"]["uid"] for p in training.live_pods()}
+    pod = slot(training, 1)["metadata"]["name"]
+    process = processes_of(cluster, namespace, pod)[0]
+    generation = training.seen[-1].status["generation"]
+    cluster.kubectl(
+        "-n", namespace, "exec", pod, "--", "python3", "-c", f"import os; os.kill({process}, 9)"
+    )
+    training.wait("the next generation", lambda s: s.status["generation"] > generation, 60)
+    finished = training.wait_complete(COMPLETE_S)
+    recovery_marks(report, "process kill", finished)
+    assert {p["metadata"]["uid"] for p in training.pods()} == before, "the same pods"
+    assert finished.status["restarts"]["application"] == 1
+    assert finished.status["history"][-1]["exitCode"] == -9
+
+
+def test_4_suspend_stops_the_pods_after_a_save_and_resume_goes_on(
+    make_training: MakeTraining,
+) -> None:
+    training = make_training("pause")
+    training.apply()
+    training.wait_step(20, 180)
+    training.patch(suspend=True)
+    training.wait("Suspended", lambda s: s.is_true("Suspended") and not training.live_pods(), 150)
+    paused = training.seen[-1]
+    assert paused.status["phase"] == "Suspended"
+    assert paused.status["checkpoint"]["step"] >= 20, "it saved before it stopped"
+    training.patch(suspend=False)
+    finished = training.wait_complete(COMPLETE_S)
+    assert finished.status["restarts"]["application"] == 0, "a suspension costs no budget"
+    assert finished.status["restarts"]["infrastructure"] == 0
+
+
+def test_5_delete_while_running_leaves_nothing(
+    make_training: MakeTraining, cluster: Cluster, namespace: str
+) -> None:
+    training = make_training("gone")
+    training.apply()
+    training.wait_step(5, 180)
+    training.delete()
+    deadline = time.monotonic() + 30
+    kinds = "dst,pods,services,secrets,persistentvolumeclaims"
+    while (left := _names(cluster, namespace, kinds)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def _names(cluster: Cluster, namespace: str, kinds: str) -> list[str]:
+    out = cluster.kubectl("-n", namespace, "get", kinds, "-o", "name", "--ignore-not-found")
+    return out.split()
+
+
+def test_6_two_trainings_at_once_both_complete(make_training: MakeTraining) -> None:
+    half: dict[str, Any] = {"training": {"total": {"tokens": 100_000}}}
+    both = [make_training("left", **half), make_training("right", **half)]
+    for training in both:
+        training.apply()
+    for training in both:
+        training.wait_complete(COMPLETE_S)
+    losses = [t.seen[-1].status["progress"]["loss"] for t in both]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3), "neighbours do not change the result"
+
+
+def test_7_training_does_not_notice_that_the_operator_is_killed(
+    make_training: MakeTraining, cluster: Cluster, operator: install.Release
+) -> None:
+    training = make_training("headless")
+    training.apply()
+    training.wait_step(10, 180)
+    generation = training.seen[-1].status["generation"]
+    uids = {p["metadata"]["uid"] for p in training.live_pods()}
+    name = operator.pod()["metadata"]["name"]  # type: ignore[index]
+    cluster.kubectl(
+        "-n", operator.namespace, "delete", "pod", str(name), "--grace-period=0", "--force"
+    )
+    finished = training.wait_complete(COMPLETE_S)
+    assert finished.status["generation"] == generation, "no step was lost"
+    assert {p["metadata"]["uid"] for p in training.pods()} == uids
+    assert not finished.status.get("history")
+
+
+def test_8a_a_training_that_cannot_be_scheduled_says_so(make_training: MakeTraining) -> None:
+    training = make_training("toolarge", workers={"resources": {"requests": {"cpu": "1000"}}})
+    training.apply()
+    seen = training.wait(
+        "Scheduled=False", lambda s: s.condition("Scheduled").get("status") == "False", 60
+    )
+    message = seen.condition("Scheduled")["message"]
+    assert "cpu" in message.lower()
+    assert any("cpu" in e["message"].lower() for e in _events(training, "Unschedulable"))
+
+
+def test_8b_a_missing_image_is_named(make_training: MakeTraining) -> None:
+    training = make_training("noimage", workers={"image": "registry.invalid/nobody/nothing:1"})
+    training.apply()
+    seen = training.wait(
+        "the image", lambda s: "registry.invalid/nobody/nothing:1" in json.dumps(s.status), 90
+    )
+    assert seen.status["phase"] != "Running"
+    assert _events(training, "ImagePullFailed")
+
+
+def test_8c_a_script_that_raises_fails_with_its_own_words(make_training: MakeTraining) -> None:
+    training = make_training(
+        "broken", model=None, data=None, training=None, optimizer=None, precision=None, parallelism=None,
+        entrypoint={"script": "/app/broken.py"},
+        workers={"template": _with_config_map("script", "/app")},
+        recovery={"budgets": {"application": {"max": 1, "window": "1h"}}},
+    )  # fmt: skip
+    source = "broken.py=raise ValueError('the learning rate is a banana')"
+    training.kubectl("create", "configmap", "script", f"--from-literal={source}")
+    training.apply()
+    seen = training.wait("Failed", lambda s: s.is_true("Failed"), 120)
+    assert "ValueError: the learning rate is a banana" in seen.condition("Failed")["message"]
+    assert seen.is_true("Finished")
+    assert any("banana" in e["message"] for e in _events(training, "Failed"))
+
+
+def _with_config_map(name: str, path: str) -> dict[str, Any]:
+    """A pod template patch that mounts a config map."""
+    mount = {"name": name, "mountPath": path}
+    return {
+        "spec": {
+            "volumes": [{"name": name, "configMap": {"name": name}}],
+            "containers": [{"name": "trainer", "volumeMounts": [mount]}],
+        }
+    }
+
+
+def _events(training: Training, reason: str) -> list[dict[str, Any]]:
+    return [e for e in training.events() if e["reason"] == reason]
