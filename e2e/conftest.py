@@ -71,7 +71,7 @@ MakeTraining = Callable[..., Training]
 def make_training(
     cluster: Cluster, operator: install.Release, namespace: str
 ) -> Iterator[MakeTraining]:
-    """Make trainings from examples/mini.yaml with some of the spec replaced; they go with the test."""
+    """Make trainings from examples/mini.yaml, partly replaced; they are gone after the test."""
     made: list[Training] = []
 
     def make(name: str, **spec: Any) -> Training:

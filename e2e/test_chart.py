@@ -1,4 +1,4 @@
-"""Install, upgrade and uninstall of the chart on the real cluster, as its README tells a user to."""
+"""Install, upgrade and uninstall of the chart on the real cluster, as its README says."""
 
 from __future__ import annotations
 

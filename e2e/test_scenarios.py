@@ -1,7 +1,11 @@
-"""What a training survives, each as a user would see it with kubectl. The real cluster, the real chart, the real images."""
+"""What a training survives, each as a user would see it with kubectl.
+
+The real cluster, the real chart, the real images.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from typing import Any
@@ -19,7 +23,7 @@ COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
 
 @pytest.fixture(scope="module")
 def undisturbed_loss() -> dict[str, float]:
-    """Final loss of the undisturbed run, kept by the first scenario for those that must equal it."""
+    """Final loss of the undisturbed run, kept by the first scenario for the others."""
     return {}
 
 
@@ -139,7 +143,7 @@ def _recovered(seen: Seen, step: int) -> bool:
 def assert_continuous(steps: list[tuple[int, float]], resumed: int) -> None:
     """Each step follows the one before, but for one return to the step after the checkpoint."""
     numbers = [number for number, _ in steps]
-    returns = [(a, b) for a, b in zip(numbers, numbers[1:], strict=False) if b != a + 1]
+    returns = [(a, b) for a, b in itertools.pairwise(numbers) if b != a + 1]
     if numbers[0] != 1:
         assert numbers[0] == resumed + 1
         assert not returns
@@ -256,7 +260,8 @@ def test_8b_a_missing_image_is_named(make_training: MakeTraining) -> None:
 
 def test_8c_a_script_that_raises_fails_with_its_own_words(make_training: MakeTraining) -> None:
     training = make_training(
-        "broken", model=None, data=None, training=None, optimizer=None, precision=None, parallelism=None,
+        "broken", model=None, data=None, training=None,
+        optimizer=None, precision=None, parallelism=None,
         entrypoint={"script": "/app/broken.py"},
         workers={"template": _with_config_map("script", "/app")},
         recovery={"budgets": {"application": {"max": 1, "window": "1h"}}},

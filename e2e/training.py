@@ -1,7 +1,7 @@
 """A DeepSeekTraining as a person at a terminal handles it: apply, watch, read its logs, delete it.
 
-Everything goes through `kubectl`. One `kubectl get --watch` per training keeps every version of the object with the time it
-was seen, so that a test waits on what happened and not on a clock.
+Everything goes through `kubectl`. One `kubectl get --watch` per training keeps every version of the
+object with the time it was seen, so that a test waits on what happened and not on a clock.
 """
 
 from __future__ import annotations
