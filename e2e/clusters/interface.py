@@ -107,7 +107,7 @@ class Cluster(ABC):
         return "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self.exports().items())
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 60) -> str:
-        """Standard output of `kubectl` as administrator; ClusterError with its words if it fails."""
+        """Standard output of `kubectl` as administrator; ClusterError with its words on failure."""
         return run(
             "kubectl", *arguments, stdin=stdin, timeout_s=timeout_s, environment=self.exports()
         )

@@ -35,7 +35,8 @@ def remove(prefix: str) -> None:
 
     def gone() -> bool:
         roots = [d for h in hierarchies() for d in h.glob(f"{prefix}*")]
-        return all([_remove_tree(root) for root in roots])
+        removed = [_remove_tree(root) for root in roots]
+        return all(removed)
 
     wait_until(gone, f"the cgroups {prefix}* to become empty", timeout_s=10)
 

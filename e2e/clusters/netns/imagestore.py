@@ -147,7 +147,8 @@ def _import_thin(layout: Path, name: str, socket: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as importer:
-        assert importer.stdin is not None and importer.stdout is not None
+        assert importer.stdin is not None
+        assert importer.stdout is not None
         try:
             thin_archive(layout, name, present, importer.stdin)
             importer.stdin.close()

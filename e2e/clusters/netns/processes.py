@@ -63,7 +63,7 @@ def is_daemon(pid: int, folder: Path, program: str | None = None) -> bool:
     arguments = command_line(pid)
     if not arguments:
         return False
-    name = os.path.basename(arguments[0])
+    name = Path(arguments[0]).name
     wanted = name in DAEMONS if program is None else name == program
     return wanted and any(f"{folder}/" in a for a in arguments[1:])
 
@@ -81,7 +81,8 @@ def in_cgroup(pid: int, cgroup: str) -> bool:
 
 def find(matches: Callable[[int], bool]) -> list[int]:
     """Numbers of the living processes that match."""
-    return [pid for p in os.listdir("/proc") if p.isdigit() and matches(pid := int(p))]
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if matches(pid)]
 
 
 def kill_all(matches: Callable[[int], bool], *, timeout_s: float = 20) -> None:

@@ -17,8 +17,8 @@ from e2e.clusters.netns import (
     cgroups,
     control_plane,
     imagestore,
+    machine,
     network,
-    node as nodes_,
     remains,
     storage,
 )
@@ -73,14 +73,14 @@ class NetnsCluster(Cluster):
         control_plane.start_api_server(plan, state, bin_)
 
         def start_node(node: str) -> None:
-            nodes_.prepare(plan, state, node)
+            machine.prepare(plan, state, node)
             network.make_node(plan, node)
-            nodes_.start_containerd(plan, state, node)
+            machine.start_containerd(plan, state, node)
 
         _for_each(plan.nodes, start_node)
         control_plane.wait_for_api_server(plan, state)
         control_plane.start_controllers(plan, state, bin_)
-        _for_each(plan.nodes, lambda node: nodes_.start_kubelet(plan, state, bin_, node))
+        _for_each(plan.nodes, lambda node: machine.start_kubelet(plan, state, bin_, node))
         storage.make_folders(state.volumes)
         self.kubectl("create", "-f", "-", stdin=storage.manifests(state.volumes))
         control_plane.wait_for_dns(plan, state)
@@ -114,7 +114,7 @@ class NetnsCluster(Cluster):
     def _remove(self, plan: Plan) -> None:
         state = self._state
         for node in plan.nodes:
-            nodes_.kill(plan, state, node)
+            machine.kill(plan, state, node)
             remains.remove_shim_sockets(state.node(node) / "containerd-state")
         remains.unmount_below(state.folder)
         network.remove_all(plan)
@@ -139,7 +139,7 @@ class NetnsCluster(Cluster):
         plan = self._plan()
         # The link first: no FIN, RST or last status of a dying process may reach its peers.
         network.unplug(plan, node)
-        nodes_.kill(plan, self._state, node)
+        machine.kill(plan, self._state, node)
 
     def power_on(self, node: str) -> None:
         plan, state = self._plan(), self._state
@@ -147,8 +147,8 @@ class NetnsCluster(Cluster):
             raise ClusterError(f"{node} is on already")
         self._forget_boot(plan, node)
         network.make_node(plan, node)
-        nodes_.start_containerd(plan, state, node)
-        nodes_.start_kubelet(plan, state, programs.folder(), node)
+        machine.start_containerd(plan, state, node)
+        machine.start_kubelet(plan, state, programs.folder(), node)
 
     def _forget_boot(self, plan: Plan, node: str) -> None:
         """Remove what does not outlive a boot: mounts, sockets, the namespace and its addresses."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def remove_cni_results(plan: Plan) -> None:
 def remove_log_links(folder: Path) -> None:
     """Kubelet links each container's log in /var/log/containers, wherever the logs are."""
     for link in Path("/var/log/containers").glob("*"):
-        if link.is_symlink() and os.readlink(link).startswith(f"{folder}/"):
+        if link.is_symlink() and folder in link.readlink().parents:
             link.unlink(missing_ok=True)
 
 
