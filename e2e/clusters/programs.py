@@ -111,11 +111,11 @@ def ensure() -> Path:
     if complete.exists():
         return complete
     complete.parent.mkdir(parents=True, exist_ok=True)
-    with complete.with_suffix(".lock").open("w") as lock:
+    with Path(f"{complete}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if complete.exists():
             return complete
-        partial = complete.with_suffix(".partial")
+        partial = Path(f"{complete}.partial")
         partial.mkdir(exist_ok=True)
         for package, names in DEBIAN.items():
             if not all((partial / name).exists() for name in names):
