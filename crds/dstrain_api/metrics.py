@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
+from dstrain_api.constants import SINGULAR
 from dstrain_api.status import Phase, Restarts
 
 MetricType = Literal["gauge", "counter", "histogram"]
@@ -25,7 +26,11 @@ Unit = Literal[
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric family as it is exposed; `buckets` are upper bounds in `unit`, without +Inf."""
+    """One metric family as it is exposed.
+
+    `buckets` are upper bounds in `unit`, without +Inf. `absent` says when there is no series of it;
+    every other metric is exposed, as zero if need be, as soon as its program knows the labels.
+    """
 
     name: str
     type: MetricType
@@ -33,6 +38,7 @@ class Metric:
     labels: tuple[str, ...] = ()
     unit: Unit = ""
     buckets: tuple[float, ...] | None = None
+    absent: str = ""
     exporter: Exporter = "operator"
 
     @property
@@ -48,7 +54,10 @@ def _exposed(exporter: Exporter, common: tuple[str, ...], *metrics: Metric) -> t
     return tuple(replace(m, exporter=exporter, labels=(*common, *m.labels)) for m in metrics)
 
 
+CONTROLLER: Final = SINGULAR  # value of the labels `controller` and `name`
+
 _GPU = ("gpu", "gpu_uuid")
+_NO_GPU = "on nodes without an NVIDIA GPU"
 _STEP_BUCKETS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 )  # fmt: skip
@@ -78,8 +87,9 @@ _RANK_ZERO = _exposed(
     Metric(
         "dstrain_mfu_ratio",
         "gauge",
-        "Model FLOP utilisation of all workers; absent where the peak is unknown, as on CPU.",
+        "Model FLOP utilisation of all workers.",
         unit="ratio",
+        absent="on hardware whose peak is unknown, such as CPUs",
     ),
     Metric(
         "dstrain_step_duration_seconds",
@@ -96,13 +106,17 @@ _RANK_ZERO = _exposed(
         "Steps whose update was skipped because the gradient was not finite.",
     ),
     Metric(
-        "dstrain_checkpoint_last_step", "gauge", "Optimizer step of the last committed checkpoint."
+        "dstrain_checkpoint_last_step",
+        "gauge",
+        "Optimizer step of the last committed checkpoint.",
+        absent="before the first commit",
     ),
     Metric(
         "dstrain_checkpoint_last_timestamp_seconds",
         "gauge",
         "When the last checkpoint was committed, in seconds since the epoch.",
         unit="seconds",
+        absent="before the first commit",
     ),
     Metric(
         "dstrain_checkpoint_save_duration_seconds",
@@ -131,7 +145,7 @@ _WORKER = _exposed(
     ),
 )
 
-# Through NVML, absent without a GPU. `gpu` is the index inside the pod.
+# Through NVML. `gpu` is the index inside the pod.
 _GPUS = _exposed(
     "agent",
     ("training",),
@@ -140,6 +154,7 @@ _GPUS = _exposed(
         "gauge",
         "Share of time in which a kernel ran on the GPU.",
         labels=_GPU,
+        absent=_NO_GPU,
         unit="ratio",
     ),
     Metric(
@@ -147,6 +162,7 @@ _GPUS = _exposed(
         "gauge",
         "GPU memory in use.",
         labels=_GPU,
+        absent=_NO_GPU,
         unit="bytes",
     ),
     Metric(
@@ -154,14 +170,23 @@ _GPUS = _exposed(
         "gauge",
         "GPU memory installed.",
         labels=_GPU,
+        absent=_NO_GPU,
         unit="bytes",
     ),
-    Metric("dstrain_gpu_power_watts", "gauge", "Power drawn.", labels=_GPU, unit="watts"),
+    Metric(
+        "dstrain_gpu_power_watts",
+        "gauge",
+        "Power drawn.",
+        labels=_GPU,
+        absent=_NO_GPU,
+        unit="watts",
+    ),
     Metric(
         "dstrain_gpu_temperature_celsius",
         "gauge",
         "Temperature of the GPU die.",
         labels=_GPU,
+        absent=_NO_GPU,
         unit="celsius",
     ),
     Metric(
@@ -169,16 +194,23 @@ _GPUS = _exposed(
         "gauge",
         "Clock of the streaming multiprocessors.",
         labels=_GPU,
+        absent=_NO_GPU,
         unit="hertz",
     ),
     Metric(
-        "dstrain_gpu_memory_clock_hertz", "gauge", "Clock of the memory.", labels=_GPU, unit="hertz"
+        "dstrain_gpu_memory_clock_hertz",
+        "gauge",
+        "Clock of the memory.",
+        labels=_GPU,
+        absent=_NO_GPU,
+        unit="hertz",
     ),
     Metric(
         "dstrain_gpu_xid_total",
         "counter",
         "XID errors reported by the driver since the pod started.",
         labels=_GPU,
+        absent=_NO_GPU,
     ),
 )
 
@@ -219,19 +251,22 @@ _TRAININGS = _exposed(
     Metric(
         "dstrain_training_eta_seconds",
         "gauge",
-        "Time until complete at the current throughput; absent while unknown.",
+        "Time until complete at the current throughput.",
         unit="seconds",
+        absent="before the first report and when finished",
     ),
     Metric(
         "dstrain_training_last_checkpoint_step",
         "gauge",
         "Optimizer step of the checkpoint that the next generation resumes from.",
+        absent="before the first commit",
     ),
     Metric(
         "dstrain_training_last_checkpoint_timestamp_seconds",
         "gauge",
         "When that checkpoint was committed, in seconds since the epoch.",
         unit="seconds",
+        absent="before the first commit",
     ),
 )
 
@@ -260,7 +295,7 @@ _OPERATOR = _exposed(
     Metric(
         "controller_runtime_reconcile_total",
         "counter",
-        "Reconciles by result (success, requeue, error).",
+        f"Reconciles by result (success, requeue, error); controller is {CONTROLLER}.",
         labels=("controller", "result"),
     ),
     Metric(
@@ -277,7 +312,12 @@ _OPERATOR = _exposed(
         unit="seconds",
         buckets=_RECONCILE_BUCKETS,
     ),
-    Metric("workqueue_depth", "gauge", "Trainings waiting to be reconciled.", labels=("name",)),
+    Metric(
+        "workqueue_depth",
+        "gauge",
+        f"Trainings waiting to be reconciled; name is {CONTROLLER}.",
+        labels=("name",),
+    ),
     Metric(
         "rest_client_requests_total",
         "counter",
