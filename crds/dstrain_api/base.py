@@ -1,4 +1,4 @@
-"""How every model of the API reads and writes: camelCase outside, snake_case inside, unknown fields refused."""
+"""How every model of the API reads and writes: camelCase outside, snake_case inside, and strict."""
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel

@@ -123,34 +123,11 @@ class ModelSpec(ApiModel):
     overrides: ModelOverrides = Field(default_factory=ModelOverrides, description="Dimensions that differ from the preset. Default: none. Example: {layers: 2}.")
 
     def resolve(self) -> Architecture:
-        """The preset with the overrides applied.
-
-        Raises:
-            ValueError: the dimensions contradict each other; the message names the fields.
-        """
+        """The preset with the overrides applied. Whether its dimensions fit together is for `dstrain_api.rules`."""
         base = PRESETS[self.preset]
         changes = self.overrides.model_dump(exclude_none=True, by_alias=False)
         nested = {
             "mla": base.mla.model_copy(update=changes.pop("mla", {})),
             "moe": base.moe.model_copy(update=changes.pop("moe", {})),
         }
-        architecture = base.model_copy(update={**changes, **nested})
-        problems = list(_contradictions(architecture))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return architecture
-
-
-def _contradictions(a: Architecture) -> list[str]:
-    found = []
-    if a.moe.top_k > a.moe.experts:
-        found.append(f"model.overrides.moe: topK {a.moe.top_k} must not exceed experts {a.moe.experts}")
-    if a.moe.experts % a.moe.groups:
-        found.append(f"model.overrides.moe: groups {a.moe.groups} must divide experts {a.moe.experts}")
-    if a.moe.limited_groups > a.moe.groups:
-        found.append("model.overrides.moe: limitedGroups must not exceed groups")
-    if a.dense_layers > a.layers:
-        found.append(f"model.overrides: denseLayers {a.dense_layers} must not exceed layers {a.layers}")
-    if a.mla.rope_dim % 2:
-        found.append(f"model.overrides.mla: ropeDim {a.mla.rope_dim} must be even")
-    return found
+        return base.model_copy(update={**changes, **nested})

@@ -4,8 +4,7 @@ import re
 from decimal import Decimal
 from typing import Final
 
-DURATION_PATTERN: Final = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
-QUANTITY_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
+from dstrain_api.patterns import DURATION_PATTERN, HELP, QUANTITY_PATTERN
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _FACTORS: Final = {
@@ -31,7 +30,7 @@ def duration_s(text: str) -> float:
         ValueError: the text is no duration.
     """
     if not re.fullmatch(DURATION_PATTERN, text):
-        raise ValueError(f"{text!r} is not a duration; write for example 90s, 5m or 1h30m")
+        raise ValueError(f"{text!r}: {HELP[DURATION_PATTERN]}")
     parts = re.findall(r"([0-9.]+)(ms|s|m|h)", text)
     return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))
 
@@ -42,7 +41,8 @@ def quantity(text: str | int) -> Decimal:
     Raises:
         ValueError: the text is no quantity.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", str(text))
-    if not match or match[2] not in _FACTORS:
-        raise ValueError(f"{text!r} is not a quantity; write for example 500m, 2 or 10Gi")
-    return Decimal(match[1]) * _FACTORS[match[2]]
+    match = re.fullmatch(QUANTITY_PATTERN, str(text))
+    if not match:
+        raise ValueError(f"{text!r}: {HELP[QUANTITY_PATTERN]}")
+    suffix = match[2] or ""
+    return Decimal(str(text).removesuffix(suffix)) * _FACTORS[suffix]

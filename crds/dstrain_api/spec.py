@@ -5,16 +5,72 @@ What only needs one field is said by its type; what needs two is in `dstrain_api
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from dstrain_api.base import ApiModel
 from dstrain_api.model import ModelSpec
-from dstrain_api.quantities import DURATION_PATTERN, QUANTITY_PATTERN
+from dstrain_api.patterns import (
+    DURATION_PATTERN,
+    FOLDER_PATTERN,
+    HELP,
+    QUANTITY_PATTERN,
+    RESOURCE_PATTERN,
+    URI_PATTERN,
+)
+from dstrain_api.quantities import quantity
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+
+def _quantity(value: object) -> int | str:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        quantity(value)
+        return value
+    raise ValueError(f"{value!r}: {HELP[QUANTITY_PATTERN]}; put it in quotes if it has a point")
+
+
+def _data_shard(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError(f"{value!r}: write auto, or a number of ranks from 1")
+
+
+def _template(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
+        raise ValueError("write a pod template: {metadata: {...}, spec: {...}}")
+    unknown = sorted(set(value) - {"metadata", "spec"})
+    if unknown:
+        raise ValueError(f"{unknown[0]} does not belong to a pod template; write {{metadata: {{...}}, spec: {{...}}}}")
+    return value
+
+
+def _loose_object(description: str) -> dict[str, Any]:
+    return {"type": "object", "description": description, "x-kubernetes-preserve-unknown-fields": True}
+
+
 Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=32)]
-Quantity = Annotated[int | Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=32)], Field()]
-Uri = Annotated[str, Field(pattern=r"^(file:///|pvc://|builtin://).+", max_length=1024)]
+Quantity = Annotated[
+    int | str,
+    PlainValidator(_quantity),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 0, "maxLength": 32, "pattern": QUANTITY_PATTERN}),
+]
+DataShard = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_data_shard),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 1, "maxLength": 4, "pattern": "^auto$"}),
+]
+Template = Annotated[
+    dict[str, Any],
+    PlainValidator(_template),
+    WithJsonSchema({
+        "type": "object",
+        "properties": {
+            "metadata": _loose_object("Labels and annotations of the pods. Default: none. Example: {annotations: {team: nlp}}."),
+            "spec": _loose_object("Fields of the pod, merged into what the operator makes. Default: none. Example: {nodeSelector: {pool: h100}}."),
+        },
+    }),
+]  # fmt: skip
+Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -91,7 +147,7 @@ class PrecisionSpec(ApiModel):
 class ParallelismSpec(ApiModel):
     """How one model is spread over the worker processes. tensor x dataReplicate x dataShard = processes."""
 
-    data_shard: Literal["auto"] | int = Field("auto", description="Ranks that share one copy of weights and moments (FSDP2); auto takes what the others leave. Default: auto. Example: 8.")
+    data_shard: DataShard = Field("auto", description="Ranks that share one copy of weights and moments (FSDP2); auto takes what the others leave. Default: auto. Example: 8.")
     data_replicate: int = Field(1, ge=1, le=65_536, description="Copies of the sharded model (hybrid sharding). Default: 1. Example: 2.")
     tensor: int = Field(1, ge=1, le=64, description="Ranks that split each layer (tensor parallelism); divides heads. Default: 1. Example: 2.")
 
@@ -107,12 +163,12 @@ class WorkersSpec(ApiModel):
     """The gang of worker pods."""
 
     replicas: int = Field(1, ge=1, le=20_000, description="Worker pods; `kubectl scale` changes it. Default: 1. Example: 16.")
-    processes_per_worker: int = Field(1, ge=1, le=64, description="Training processes per pod; with GPUs, as many as gpusPerWorker. Default: 1. Example: 8.")
     gpus_per_worker: int = Field(0, ge=0, le=64, description="nvidia.com/gpu limit of each pod; 0 trains on CPU. Default: 0. Example: 8.")
+    processes_per_worker: int = Field(default_factory=lambda fields: fields["gpus_per_worker"] or 1, ge=1, le=64, description="Training processes per pod; with GPUs there is one for each. Default: gpusPerWorker, or 1 on CPU. Example: 2.")
     image: str = Field("", max_length=1024, description="Trainer image. Default: the operator's trainer image. Example: registry.example/dstrain-trainer:1.0.")
     shared_memory: Quantity = Field("1Gi", description="Size of /dev/shm in bytes, as a quantity. Default: 1Gi. Example: 64Gi.")
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec, description="Resources of one pod. Default: none. Example: {requests: {cpu: \"1\"}}.")
-    template: dict[str, Any] = Field(default_factory=dict, description="Pod template patch: maps are merged, lists of named items by name (the container is `trainer`), other lists appended. Default: {}. Example: {spec: {nodeSelector: {pool: h100}}}.")
+    template: Template = Field(default_factory=dict, description="Pod template patch: maps are merged, lists of named items by name (the container is `trainer`), other lists appended. Default: {}. Example: {spec: {nodeSelector: {pool: h100}}}.")
 
 
 class ElasticSpec(ApiModel):
@@ -127,7 +183,7 @@ class ElasticSpec(ApiModel):
 class RdmaSpec(ApiModel):
     """Device resource that gives a pod its RDMA devices."""
 
-    resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(description="Extended resource name of the device plugin. Required. Example: rdma/hca_shared_devices_a.")
+    resource: Annotated[str, Field(pattern=RESOURCE_PATTERN, max_length=253)] = Field(description="Extended resource name of the device plugin. Required. Example: rdma/hca_shared_devices_a.")
     count: int = Field(1, ge=1, le=64, description="Devices per pod. Default: 1. Example: 8.")
 
 
@@ -152,7 +208,7 @@ class ClaimSpec(ApiModel):
 class CheckpointSpec(ApiModel):
     """Where and how often the state is saved."""
 
-    uri: Annotated[str, Field(pattern=r"^(file:///|pvc://).+", max_length=1024)] | None = Field(None, description="Folder shared by all workers: pvc://claim/path of an existing claim, or file:///path. Default: a claim <name>-checkpoints made from claim. Example: pvc://checkpoints/run-7.")
+    uri: Annotated[str, Field(pattern=FOLDER_PATTERN, max_length=1024)] | None = Field(None, description="Folder shared by all workers: pvc://claim/path of an existing claim, or file:///path. Default: a claim <name>-checkpoints made from claim. Example: pvc://checkpoints/run-7.")
     claim: ClaimSpec = Field(default_factory=ClaimSpec, description="The claim made when uri is absent; it is deleted with the training. Default: {size: 10Gi}. Example: {size: 2Ti, storageClassName: nfs}.")
     every_steps: int = Field(1000, ge=1, le=10**9, description="Steps between checkpoints. Default: 1000. Example: 200.")
     keep_last: int = Field(3, ge=2, le=1000, description="Newest checkpoints that are kept; at least two. Default: 3. Example: 5.")

@@ -1,0 +1,173 @@
+"""The values that rules speak of, each with its CEL over `self` (the spec) and its Python."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic.alias_generators import to_camel
+
+from dstrain_api.model import PRESETS, Architecture
+from dstrain_api.patterns import DURATION_PATTERN
+from dstrain_api.problems import struct_of
+from dstrain_api.spec import DeepSeekTrainingSpec
+
+Value = Any  # an int, a str or a bool, as the term says
+
+
+@dataclass(frozen=True)
+class Term:
+    """A named value: as CEL over `self`, and as Python over the parsed spec."""
+
+    cel: str
+    value: Callable[[DeepSeekTrainingSpec], Value]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The terms of one spec, computed when a rule asks for them."""
+
+    spec: DeepSeekTrainingSpec
+
+    def __getitem__(self, term: str) -> Value:
+        return TERMS[term].value(self.spec)
+
+
+def literal(value: Value) -> str:
+    """A number, string or boolean as CEL writes it."""
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return json.dumps(value)
+
+
+def _camel(path: str) -> list[str]:
+    return [to_camel(part) for part in path.split(".")]
+
+
+def _default(path: str) -> Value:
+    """Default of a field of the spec, by its Python path."""
+    model: Any = DeepSeekTrainingSpec
+    *parents, leaf = path.split(".")
+    for part in parents:
+        model = struct_of(model.model_fields[part].annotation)
+    return model.model_fields[leaf].default
+
+
+def _field(path: str) -> Term:
+    """A field with its default, by its Python path such as `workers.replicas`."""
+
+    def value(spec: DeepSeekTrainingSpec) -> Value:
+        found: Any = spec
+        for part in path.split("."):
+            found = getattr(found, part)
+            if found is None:  # an absent struct has its fields' defaults
+                return _default(path)
+        return found
+
+    chain = ".?".join(_camel(path))
+    return Term(f"self.?{chain}.orValue({literal(_default(path))})", value)
+
+
+def _given(path: str) -> Term:
+    """Whether the user wrote this part of the spec."""
+
+    def value(spec: DeepSeekTrainingSpec) -> bool:
+        found: Any = spec
+        for part in path.split("."):
+            if part not in found.model_fields_set or getattr(found, part) is None:
+                return False
+            found = getattr(found, part)
+        return True
+
+    return Term(f"self.?{'.?'.join(_camel(path))}.hasValue()", value)
+
+
+def _dimension(path: str) -> Term:
+    """A dimension of the model, after preset and overrides are joined."""
+
+    def of(architecture: Architecture) -> int:
+        found: Any = architecture
+        for part in path.split("."):
+            found = getattr(found, part)
+        return int(found)
+
+    def value(spec: DeepSeekTrainingSpec) -> int:
+        if spec.model is None:
+            raise LookupError(f"{path}: a rule about the model must be limited to specs with one")
+        return of(spec.model.resolve())
+
+    presets = ", ".join(f"{literal(name)}: {of(preset)}" for name, preset in PRESETS.items())
+    chain = ".?".join(_camel(path))
+    return Term(f"self.model.?overrides.?{chain}.orValue({{{presets}}}[self.model.preset])", value)
+
+
+def _all_given(*parts: str) -> Term:
+    terms = [_given(part) for part in parts]
+    return Term(" && ".join(t.cel for t in terms), lambda spec: all(t.value(spec) for t in terms))
+
+
+_REPLICAS = _field("workers.replicas")
+_GPUS = _field("workers.gpus_per_worker")
+_PROCESSES = Term(
+    f"self.?workers.?processesPerWorker.orValue({_GPUS.cel} > 0 ? {_GPUS.cel} : 1)",
+    lambda spec: spec.workers.processes_per_worker,
+)
+_TENSOR = _field("parallelism.tensor")
+_RANKS = Term(
+    f"({_REPLICAS.cel} * ({_PROCESSES.cel}))",
+    lambda spec: spec.workers.replicas * spec.workers.processes_per_worker,
+)
+_DATA_SHARD = _field("parallelism.data_shard")
+_HEARTBEAT = _field("recovery.heartbeat_timeout")
+
+TERMS: Final[Mapping[str, Term]] = {
+    # Which parts are there.
+    "entrypoint": _given("entrypoint"),
+    "trainer": Term("!has(self.entrypoint)", lambda spec: spec.entrypoint is None),
+    "modelGiven": _given("model"),
+    "dataGiven": _given("data"),
+    "trainingGiven": _given("training"),
+    "optimizerGiven": _given("optimizer"),
+    "precisionGiven": _given("precision"),
+    "parallelismGiven": _given("parallelism"),
+    "moduleGiven": _given("entrypoint.module"),
+    "scriptGiven": _given("entrypoint.script"),
+    "elastic": _given("elastic"),
+    "uriAndClaim": _all_given("checkpoint.uri", "checkpoint.claim"),
+    "knownPreset": Term(
+        f"has(self.model) && self.model.preset in [{', '.join(map(literal, PRESETS))}]",
+        lambda spec: spec.model is not None,
+    ),
+    "fixedShard": Term(
+        f"type({_DATA_SHARD.cel}) == int",
+        lambda spec: spec.parallelism is not None and spec.parallelism.data_shard != "auto",
+    ),
+    "durationHeartbeat": Term(
+        f"{_HEARTBEAT.cel}.matches({literal(DURATION_PATTERN)})", lambda _: True
+    ),
+    # Dimensions of the model.
+    "layers": _dimension("layers"),
+    "denseLayers": _dimension("dense_layers"),
+    "heads": _dimension("heads"),
+    "ropeDim": _dimension("mla.rope_dim"),
+    "experts": _dimension("moe.experts"),
+    "topK": _dimension("moe.top_k"),
+    "groups": _dimension("moe.groups"),
+    "limitedGroups": _dimension("moe.limited_groups"),
+    # Sizes of the gang and of the batch.
+    "replicas": _REPLICAS,
+    "gpus": _GPUS,
+    "processes": _PROCESSES,
+    "ranks": _RANKS,
+    "tensor": _TENSOR,
+    "dataReplicate": _field("parallelism.data_replicate"),
+    "dataShard": Term(
+        f"({_DATA_SHARD.cel})",
+        lambda spec: spec.parallelism.data_shard if spec.parallelism else "auto",
+    ),
+    "globalBatch": _field("training.global_batch"),
+    "microBatch": _field("training.micro_batch"),
+    "minReplicas": _field("elastic.min_replicas"),
+    "maxReplicas": _field("elastic.max_replicas"),
+    "heartbeatTimeout": _HEARTBEAT,
+}
