@@ -11,13 +11,21 @@ one again (it was replaced): exit. Generations count from 1; 0 means none.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dstrain_api.base import ApiModel
 
 Short = Annotated[str, Field(max_length=253)]
 
 ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
+
+
+def _end_of_text(text: object) -> object:
+    """An error is never refused for its length: what matters most comes last."""
+    return text[-ERROR_TEXT_LIMIT:] if isinstance(text, str) else text
+
+
+ErrorText = Annotated[str, BeforeValidator(_end_of_text), Field(max_length=ERROR_TEXT_LIMIT)]
 
 
 class Join(ApiModel):
@@ -91,7 +99,7 @@ class ErrorReport(ApiModel):
 
     local_rank: int = Field(ge=0)
     exit_code: int
-    message: Annotated[str, Field(max_length=ERROR_TEXT_LIMIT)] = ""
+    message: ErrorText = ""
     fingerprint: Short = ""
 
 

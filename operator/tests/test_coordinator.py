@@ -1,0 +1,446 @@
+"""The coordinator's table, with a clock of our own."""
+
+from __future__ import annotations
+
+import pytest
+from deepseek_operator.core.model import Gathering, Membership, MemberView
+from deepseek_operator.runtime.coordinator import (
+    Coordinator,
+    Fenced,
+    UnknownTraining,
+    training_token,
+)
+from dstrain_api.protocol import (
+    Assignment,
+    Beat,
+    Commit,
+    ErrorReport,
+    Join,
+    Orders,
+    ProgressReport,
+    Report,
+)
+
+UID = "training-uid"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Gang:
+    """Pods of one training that talk to a coordinator."""
+
+    def __init__(self, generation: int = 0, size: int = 2) -> None:
+        self.clock = Clock()
+        self.size = size
+        self.news: list[str] = []
+        self.coordinator = Coordinator(clock=self.clock)
+        self.coordinator.register(UID, generation=generation, token="t", silence_s=5.0)
+        self.coordinator.on_transition = self.news.append
+
+    def restart_operator(self, generation: int) -> None:
+        self.coordinator = Coordinator(clock=self.clock)
+        self.coordinator.register(UID, generation=generation, token="t", silence_s=5.0)
+        self.coordinator.on_transition = self.news.append
+
+    def join(self, slot: int, generation: int = 0, uid: str = "") -> Assignment:
+        return self.coordinator.join(
+            UID,
+            Join(
+                pod=f"mini-{slot}-1",
+                pod_uid=uid or f"uid-{slot}",
+                slot=slot,
+                node=f"node-{slot}",
+                address=f"10.0.0.{slot}",
+                port=29500 + slot,
+                generation=generation,
+                processes=1,
+            ),
+        )
+
+    def beat(self, slot: int, generation: int, state: str = "running", uid: str = "") -> Orders:
+        return self.coordinator.beat(
+            UID,
+            Beat(
+                pod=f"mini-{slot}-1",
+                pod_uid=uid or f"uid-{slot}",
+                slot=slot,
+                node=f"node-{slot}",
+                generation=generation,
+                group_rank=slot,
+                group_world_size=self.size,
+                master_address="10.0.0.0",
+                master_port=29500,
+                state=state,
+            ),
+        )
+
+    def publish(self, generation: int, *uids: str) -> None:
+        pod_uids = uids or tuple(f"uid-{slot}" for slot in range(self.size))
+        self.coordinator.publish(
+            UID,
+            Membership(
+                generation=generation,
+                pod_uids=pod_uids,
+                master_address="10.0.0.0",
+                master_port=29500,
+            ),
+        )
+
+    def form(self, generation: int) -> None:
+        for slot in range(self.size):
+            self.join(slot, generation - 1)
+        self.publish(generation)
+        for slot in range(self.size):
+            self.beat(slot, generation)
+        self.news.clear()
+
+    def report(self, slot: int, generation: int, **what: object) -> None:
+        self.coordinator.report(
+            UID, Report.model_validate({"podUid": f"uid-{slot}", "generation": generation, **what})
+        )
+
+    def commit(self, slot: int, generation: int, step: int) -> bool:
+        commit = Commit(
+            pod_uid=f"uid-{slot}", generation=generation, step=step, uri=f"file:///c/step-{step}"
+        )
+        return self.coordinator.commit(UID, commit).accepted
+
+    @property
+    def seen(self) -> Gathering:
+        return self.coordinator.snapshot(UID)
+
+    def member(self, slot: int) -> MemberView:
+        return next(m for m in self.seen.members if m.pod_uid == f"uid-{slot}")
+
+
+def test_join_waits_until_the_generation_is_published_then_gives_ranks_in_published_order() -> None:
+    gang = Gang()
+    assert gang.join(0).generation == 0
+    assert gang.join(1).generation == 0
+    gang.publish(1, "uid-1", "uid-0")
+    place = gang.join(0)
+    assert (place.generation, place.group_rank, place.group_world_size) == (1, 1, 2)
+    assert (place.master_address, place.master_port) == ("10.0.0.0", 29500)
+
+
+def test_join_is_news_and_a_replayed_join_is_not() -> None:
+    gang = Gang()
+    gang.join(0)
+    assert gang.news == [UID]
+    gang.clock.now_s += 20
+    gang.join(0)
+    assert gang.news == [UID]
+    assert gang.member(0).waiting_s == 20
+    assert gang.member(0).silent_s == 0
+
+
+def test_replayed_join_after_a_lost_answer_gets_the_same_place() -> None:
+    gang = Gang()
+    gang.join(0)
+    gang.join(1)
+    gang.publish(1)
+    assert gang.join(1) == gang.join(1)
+    assert not gang.seen.over
+
+
+def test_join_that_names_the_current_generation_says_that_it_is_over() -> None:
+    gang = Gang()
+    gang.form(1)
+    assert gang.join(1, generation=1).generation == 0
+    assert gang.seen.over
+    assert gang.news
+    assert gang.beat(0, 1).generation == 1, "only the plan ends a generation"
+    gang.coordinator.end(UID, 1)
+    assert gang.beat(0, 1).generation == 0
+    assert gang.seen.membership is None
+
+
+def test_pod_outside_the_membership_cannot_end_the_generation() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.join(0, generation=1, uid="stranger")
+    assert not gang.seen.over
+
+
+def test_beats_of_an_older_generation_are_told_the_current_one() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.end(UID, 1)
+    gang.join(0, 1)
+    gang.publish(2, "uid-0")
+    assert gang.beat(1, 1).generation == 2
+
+
+def test_plain_beats_are_no_news() -> None:
+    gang = Gang()
+    gang.form(1)
+    for _ in range(10):
+        gang.clock.now_s += 1
+        gang.beat(0, 1)
+        gang.beat(1, 1)
+        gang.coordinator.tick()
+    assert gang.news == []
+
+
+def test_silence_beyond_the_timeout_is_news_once_and_so_is_its_end() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.clock.now_s += 4.9
+    gang.beat(0, 1)
+    gang.coordinator.tick()
+    assert gang.news == []
+    gang.clock.now_s += 0.2
+    gang.coordinator.tick()
+    gang.coordinator.tick()
+    assert gang.news == [UID]
+    assert gang.member(1).silent_s == pytest.approx(5.1)
+    gang.beat(1, 1)
+    assert gang.news == [UID, UID]
+
+
+def test_beat_overtaken_by_its_own_join_does_not_undo_the_join() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.join(0, 1)
+    gang.beat(0, 1, "running")
+    assert gang.member(0).state == "joining"
+
+
+def test_joining_beat_of_a_pod_that_has_not_joined_makes_nobody_joining() -> None:
+    gang = Gang()
+    gang.beat(0, 0, "joining")
+    assert gang.seen.members == ()
+
+
+def test_leaving_pod_is_dropped() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.beat(1, 1, "leaving")
+    assert [m.pod_uid for m in gang.seen.members] == ["uid-0"]
+    assert gang.news
+
+
+def test_fenced_pod_is_refused_for_good_in_every_way() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.fence(UID, ("uid-1",))
+    assert [m.pod_uid for m in gang.seen.members] == ["uid-0"]
+    with pytest.raises(Fenced):
+        gang.beat(1, 1)
+    with pytest.raises(Fenced):
+        gang.join(1, 1)
+    with pytest.raises(Fenced):
+        gang.commit(1, 1, 10)
+    with pytest.raises(Fenced):
+        gang.report(1, 1, done=True)
+
+
+def test_generation_is_adopted_after_a_restart_once_all_ranks_have_beaten() -> None:
+    gang = Gang()
+    gang.form(3)
+    gang.restart_operator(generation=3)
+    assert gang.beat(1, 3).generation == 3, "nobody is told to stop while adopting"
+    assert gang.seen.membership is None
+    assert gang.beat(0, 3).generation == 3
+    assert gang.seen.membership == Membership(
+        generation=3, pod_uids=("uid-0", "uid-1"), master_address="10.0.0.0", master_port=29500
+    )
+
+
+def test_generation_below_the_status_is_not_adopted() -> None:
+    gang = Gang(generation=3)
+    assert gang.beat(0, 2).generation == 0
+    gang.beat(1, 2)
+    assert gang.seen.membership is None
+
+
+def test_join_that_names_the_generation_being_adopted_ends_the_adoption() -> None:
+    gang = Gang(generation=3)
+    gang.beat(0, 3)
+    gang.join(1, 3)
+    assert gang.beat(0, 3).generation == 0
+    gang.beat(1, 3)
+    assert gang.seen.membership is None
+
+
+def test_plan_can_end_a_generation_that_cannot_be_adopted() -> None:
+    gang = Gang(generation=3)
+    gang.beat(0, 3)
+    gang.coordinator.end(UID, 3)
+    assert gang.beat(0, 3).generation == 0
+
+
+def test_ended_generation_is_not_adopted_again() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.end(UID, 1)
+    gang.beat(0, 1)
+    gang.beat(1, 1)
+    assert gang.seen.membership is None
+
+
+def test_ending_an_older_generation_leaves_the_current_one() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.end(UID, 1)
+    gang.publish(2)
+    gang.coordinator.end(UID, 1)
+    assert gang.seen.membership is not None
+
+
+def test_commit_is_accepted_only_from_a_member_of_the_current_generation() -> None:
+    gang = Gang()
+    gang.form(2)
+    assert gang.commit(0, 2, 10)
+    assert not gang.commit(0, 1, 20)
+    assert not gang.commit(0, 3, 20)
+    assert not gang.commit(7, 2, 20)
+    gang.coordinator.end(UID, 2)
+    assert not gang.commit(0, 2, 20)
+    assert gang.seen.commit is not None
+    assert gang.seen.commit.step == 10
+
+
+def test_commit_must_be_newer_within_its_generation_but_may_be_asked_again() -> None:
+    gang = Gang()
+    gang.form(1)
+    assert gang.commit(0, 1, 10)
+    assert gang.commit(0, 1, 10), "the answer may have been lost"
+    assert not gang.commit(0, 1, 9)
+    gang.form(2)
+    assert gang.commit(0, 2, 9), "the last commit may never have become visible"
+
+
+def test_commit_while_adopting_is_to_be_asked_again() -> None:
+    gang = Gang(generation=3)
+    gang.beat(0, 3)
+    with pytest.raises(UnknownTraining):
+        gang.commit(0, 3, 10)
+    gang.beat(1, 3)
+    assert gang.commit(0, 3, 10)
+
+
+def test_errors_are_kept_until_the_next_generation_with_who_and_where() -> None:
+    gang = Gang()
+    gang.form(1)
+    error = ErrorReport(local_rank=0, exit_code=-9, message="killed")
+    gang.report(1, 1, error=error)
+    gang.report(1, 1, error=error)
+    (kept,) = gang.seen.errors
+    assert (kept.pod, kept.node, kept.exit_code) == ("mini-1-1", "node-1", -9)
+    gang.coordinator.end(UID, 1)
+    assert len(gang.seen.errors) == 1
+    gang.publish(2)
+    assert gang.seen.errors == ()
+    gang.report(0, 1, error=error)
+    assert gang.seen.errors == (), "late errors of an old generation are dropped"
+
+
+def test_errors_are_bounded_and_a_signal_is_never_the_one_left_out() -> None:
+    gang = Gang()
+    gang.form(1)
+    for rank in range(200):
+        message = f"connection reset {rank}"
+        gang.report(1, 1, error=ErrorReport(local_rank=0, exit_code=1, message=message))
+    gang.report(0, 1, error=ErrorReport(local_rank=0, exit_code=-9))
+    assert len(gang.seen.errors) == 64
+    assert gang.seen.errors[-1].exit_code == -9
+
+
+def test_long_error_text_keeps_its_end_without_control_characters() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.report(
+        0, 1, error={"localRank": 0, "exitCode": 1, "message": "x" * 1_000_000 + "\x1b[2J\nEnd"}
+    )
+    (kept,) = gang.seen.errors
+    assert len(kept.message) <= 2048
+    assert kept.message.endswith("[2J\nEnd")
+
+
+def test_progress_of_an_old_generation_is_ignored() -> None:
+    gang = Gang()
+    gang.form(2)
+    gang.report(0, 2, progress=ProgressReport(step=5))
+    gang.report(0, 1, progress=ProgressReport(step=9))
+    assert gang.seen.progress is not None
+    assert gang.seen.progress.step == 5
+    assert gang.seen.progress_generation == 2
+
+
+def test_progress_is_news_only_at_the_first_report_and_the_first_new_step_of_a_generation() -> None:
+    gang = Gang()
+    gang.form(1)
+    for step in (40, 41, 42, 43):
+        gang.report(0, 1, progress=ProgressReport(step=step, resumed_step=40))
+    assert gang.news == [UID, UID]
+
+
+def test_figures_that_are_not_finite_do_not_reach_the_status() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.report(
+        0, 1, progress=ProgressReport(step=1, loss=float("nan"), tokens_per_second=float("inf"))
+    )
+    assert gang.seen.progress is not None
+    assert gang.seen.progress.loss is None
+    assert gang.seen.progress.tokens_per_second == 0
+
+
+def test_done_stays_done_whatever_fails_afterwards() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.report(0, 1, done=True)
+    gang.report(0, 1, error=ErrorReport(local_rank=0, exit_code=1))
+    gang.beat(0, 1, "leaving")
+    assert gang.seen.done
+
+
+def test_done_of_an_old_generation_is_ignored() -> None:
+    gang = Gang()
+    gang.form(2)
+    gang.report(0, 1, done=True)
+    assert not gang.seen.done
+
+
+def test_stop_is_an_order_to_all_members_and_can_be_taken_back() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.order_stop(UID, True)
+    assert gang.beat(0, 1).stop
+    gang.coordinator.order_stop(UID, False)
+    assert not gang.beat(0, 1).stop
+
+
+def test_forgotten_training_is_unknown() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.coordinator.forget(UID)
+    with pytest.raises(UnknownTraining):
+        gang.beat(0, 1)
+    assert gang.seen.members == ()
+
+
+def test_token_is_that_of_the_training_only() -> None:
+    gang = Gang()
+    assert gang.coordinator.authenticate(UID, "t")
+    assert not gang.coordinator.authenticate(UID, "T")
+    assert not gang.coordinator.authenticate(UID, "ü")
+    with pytest.raises(UnknownTraining):
+        gang.coordinator.authenticate("another", "t")
+    assert training_token(b"key", "a") != training_token(b"key", "b")
+
+
+def test_silent_stranger_is_forgotten_and_a_silent_member_is_not() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.join(5)
+    gang.clock.now_s += 601
+    gang.coordinator.tick()
+    assert [m.pod_uid for m in gang.seen.members] == ["uid-0", "uid-1"]
