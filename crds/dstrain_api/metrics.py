@@ -29,7 +29,7 @@ class Metric:
     """One metric family as it is exposed.
 
     `buckets` are upper bounds in `unit`, without +Inf. `absent` says when there is no series of it;
-    every other metric is exposed, as zero if need be, as soon as its program knows the labels.
+    every other counter and histogram is exposed, as zero, as soon as its program knows the labels.
     """
 
     name: str
