@@ -1,0 +1,281 @@
+"""A real Prometheus on loopback, from Debian's package, without installing its service.
+
+with Prometheus(folder, [static_job("worker", {"10.0.0.7:9400": {"namespace": "a"}})]) as server:
+    server.query("dstrain_step")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import yaml
+from dstrain_api.constants import LABEL_TRAINING, METRICS_PORT
+
+from e2e.clusters.home import home
+from e2e.clusters.shell import ClusterError, run, wait_until
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of an answer; `points` are (seconds since the epoch, value), one if instant."""
+
+    labels: dict[str, str]
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def value(self) -> float:
+        """The last value."""
+        return self.points[-1][1]
+
+
+def ensure_prometheus() -> Path:
+    """The folder of `prometheus` and `promtool`, fetched from Debian's mirror at the first call.
+
+    Kept in `home()`. ClusterError says why they can't be had.
+    """
+    installed = shutil.which("prometheus")
+    if installed and shutil.which("promtool"):
+        return Path(installed).parent
+    for kept in sorted(home().glob("prometheus-*/usr/bin"), reverse=True):
+        return kept
+    if shutil.which("apt-get") is None:
+        raise ClusterError("needs `prometheus` and `promtool` on the PATH (no apt-get to get them)")
+    return _download()
+
+
+def _download() -> Path:
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home()) as scratch:
+        try:
+            run("apt-get", "download", "prometheus", folder=Path(scratch), timeout_s=300)
+        except ClusterError:
+            if os.geteuid() != 0:
+                raise
+            # A fresh machine has no package lists.
+            run("apt-get", "update", timeout_s=600)
+            run("apt-get", "download", "prometheus", folder=Path(scratch), timeout_s=300)
+        package = next(Path(scratch).glob("prometheus_*.deb"))
+        version = run("dpkg-deb", "--field", package, "Version").strip()
+        unpacked = Path(scratch) / "unpacked"
+        run("dpkg-deb", "--extract", package, unpacked)
+        target = home() / f"prometheus-{version}"
+        if not target.exists():
+            unpacked.rename(target)
+    return target / "usr" / "bin"
+
+
+def check_metrics(exposition: str) -> None:
+    """`promtool check metrics` on what a program exposes; ClusterError lists its findings."""
+    run(ensure_prometheus() / "promtool", "check", "metrics", stdin=exposition)
+
+
+def static_job(
+    name: str, targets: Mapping[str, Mapping[str, str]], *, honor_labels: bool = False
+) -> dict[str, Any]:
+    """A scrape config for addresses that do not change: `host:port` -> labels to add."""
+    return {
+        "job_name": name,
+        "honor_labels": honor_labels,
+        "static_configs": [{"targets": [t], "labels": dict(ls)} for t, ls in targets.items()],
+    }
+
+
+def workers_job(kubeconfig: Path) -> dict[str, Any]:
+    """Every worker pod of a cluster, found as the chart's PodMonitor finds it."""
+    label = _meta("label", LABEL_TRAINING)
+    return _pods_job(
+        "dstrain-worker",
+        kubeconfig,
+        [
+            {"source_labels": [label], "regex": ".+", "action": "keep"},
+            {
+                "source_labels": ["__meta_kubernetes_pod_ip"],
+                "regex": "(.+)",
+                "target_label": "__address__",
+                "replacement": f"$1:{METRICS_PORT}",
+            },
+        ],
+    )
+
+
+def operator_job(kubeconfig: Path, selector: Mapping[str, str], port: int) -> dict[str, Any]:
+    """The operator's pods by their labels; the labels that it emits stay as they are."""
+    keep = [
+        {"source_labels": [_meta("label", label)], "regex": value, "action": "keep"}
+        for label, value in selector.items()
+    ]
+    address = {
+        "source_labels": ["__meta_kubernetes_pod_ip"],
+        "regex": "(.+)",
+        "target_label": "__address__",
+        "replacement": f"$1:{port}",
+    }
+    return {**_pods_job("dstrain-operator", kubeconfig, [*keep, address]), "honor_labels": True}
+
+
+def _meta(kind: str, name: str) -> str:
+    sanitized = "".join(c if c.isalnum() else "_" for c in name)
+    return f"__meta_kubernetes_pod_{kind}_{sanitized}"
+
+
+def _pods_job(name: str, kubeconfig: Path, relabel: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "job_name": name,
+        "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": str(kubeconfig)}],
+        "relabel_configs": [
+            {
+                "source_labels": ["__meta_kubernetes_pod_phase"],
+                "regex": "Running",
+                "action": "keep",
+            },
+            *relabel,
+            {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
+            {"source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod"},
+        ],
+    }
+
+
+class Prometheus:
+    """A Prometheus server on a free port of loopback, as long as the `with` block runs.
+
+    It keeps its data and its log in `folder`.
+    """
+
+    def __init__(
+        self, folder: Path, jobs: Sequence[Mapping[str, Any]], *, interval_s: float = 1.0
+    ) -> None:
+        self._folder = folder
+        self._jobs = jobs
+        self._interval = f"{round(interval_s * 1000)}ms"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        programs = ensure_prometheus()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        config = self._folder / "prometheus.yml"
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "global": {
+                        "scrape_interval": self._interval,
+                        "scrape_timeout": self._interval,
+                    },
+                    "scrape_configs": [dict(job) for job in self._jobs],
+                }
+            )
+        )
+        run(programs / "promtool", "check", "config", config)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        with (self._folder / "prometheus.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    programs / "prometheus",
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={self._folder / 'data'}",
+                    "--storage.tsdb.retention.time=10y",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_until(self._is_ready, "Prometheus to be ready", timeout_s=60)
+        except ClusterError:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def query(self, expression: str, *, at_s: float | None = None) -> list[Series]:
+        """The answer to an instant query, now or at a time in seconds since the epoch.
+
+        Raises ClusterError with Prometheus's words for an expression that it refuses.
+        """
+        when = {} if at_s is None else {"time": str(at_s)}
+        return _series(self.get("/api/v1/query", query=expression, **when))
+
+    def query_range(
+        self, expression: str, *, start_s: float, end_s: float, step_s: float
+    ) -> list[Series]:
+        """The answer to a range query; times in seconds since the epoch."""
+        return _series(
+            self.get(
+                "/api/v1/query_range",
+                query=expression,
+                start=str(start_s),
+                end=str(end_s),
+                step=str(step_s),
+            )
+        )
+
+    def targets(self) -> list[dict[str, Any]]:
+        """What is scraped, as /api/v1/targets describes it: `labels`, `health`, `lastError`."""
+        return list(self.get("/api/v1/targets", state="active")["activeTargets"])
+
+    def wait_scraped(self, targets: int, *, timeout_s: float = 60) -> None:
+        """Return when at least that many targets have answered."""
+        wait_until(
+            lambda: sum(t["health"] == "up" for t in self.targets()) >= targets,
+            f"{targets} targets to be scraped",
+            timeout_s=timeout_s,
+        )
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """`data` of an answer of the HTTP API; ClusterError with Prometheus's words otherwise."""
+        answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=30)
+        if answer.is_error:
+            raise ClusterError(f"{path} {parameters}: {answer.text}")
+        return answer.json()["data"]
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            log = (self._folder / "prometheus.log").read_text()
+            raise ClusterError(f"Prometheus ended ({self._process.returncode}): {log[-2000:]}")
+        try:
+            return httpx.get(f"{self.url}/-/ready", timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+    def _stop(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _series(data: Any) -> list[Series]:
+    if data["resultType"] in ("scalar", "string"):
+        at_s, value = data["result"]
+        return [Series({}, ((float(at_s), float(value)),))]
+    return [
+        Series(
+            dict(entry["metric"]),
+            tuple((float(t), float(v)) for t, v in entry.get("values") or [entry["value"]]),
+        )
+        for entry in data["result"]
+    ]
