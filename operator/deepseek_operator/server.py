@@ -1,0 +1,294 @@
+"""The coordinator over HTTP, for the agents of worker pods; and what Prometheus and the kubelet
+ask of the operator.
+
+    POST /v1/trainings/{uid}/join     body Join    200 Assignment as soon as its generation is
+    formed;
+                                                   202 Assignment with generation 0 after 20 s: ask
+                                                   again at once
+    POST /v1/trainings/{uid}/beat     body Beat    200 Orders
+    POST /v1/trainings/{uid}/report   body Report  204
+    POST /v1/trainings/{uid}/commit   body Commit  200 Verdict
+    GET  /metrics                     Prometheus text
+    GET  /healthz, /readyz            200 "ok", or 503 and a line per problem
+
+Every POST carries `Authorization: Bearer <token of the training>` and a JSON body of at most 64
+KiB; unknown fields in it are ignored. A join is no sign of life while it waits: beats go on beside
+it. Joins, beats, reports and commits may be repeated when the answer was lost. Refusals have a
+JSON body `{"detail": "..."}`:
+
+    401  wrong or missing token
+    404  the training is not known (yet), or its members are not all known yet after a restart: ask
+    again 410  this pod was replaced and will never be a member again: exit
+    413  body too large             422  body is not what the protocol says: a bug of the sender,
+    do not repeat 429  too many pods: ask again after `Retry-After` seconds
+    503  the server is stopping: ask again
+
+An agent that gets no answer, 404, 429 or 5xx goes on as it is and asks again with back-off and
+jitter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import uvicorn
+from dstrain_api.protocol import Assignment, Beat, Commit, Join, Report
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ValidationError
+
+from deepseek_operator.runtime.coordinator import Coordinator, Crowded, Fenced, UnknownTraining
+
+BODY_LIMIT_BYTES: Final = 64 * 1024
+JOIN_WAIT_S: Final = 20.0
+STOP_TIMEOUT_S: Final = 5  # for requests that are being answered when the server stops
+KEEP_ALIVE_S: Final = 75  # longer than any beat interval, so that beats reuse their connection
+
+Message = TypeVar("Message", bound=BaseModel)
+Problems = Callable[[], Sequence[str]]
+
+
+class Waiters:
+    """Joins that wait for a generation. `wake` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._events: dict[str, asyncio.Event] = {}
+
+    def attach(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Take the loop in which joins wait; None when it ends."""
+        self._loop = loop
+
+    def event(self, uid: str) -> asyncio.Event:
+        """Is set at the next publication for this training. Take it before looking."""
+        return self._events.setdefault(uid, asyncio.Event())
+
+    def wake(self, uid: str) -> None:
+        """Let the joins of a training look again."""
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._set, uid)
+
+    def close(self) -> None:
+        """Send all waiting joins away."""
+        self.closed = True
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._set_all)
+
+    def _set(self, uid: str) -> None:
+        event = self._events.pop(uid, None)
+        if event:
+            event.set()
+
+    def _set_all(self) -> None:
+        for uid in list(self._events):
+            self._set(uid)
+
+
+def _none() -> Sequence[str]:
+    return ()
+
+
+def _no_metrics() -> bytes:
+    return b""
+
+
+def make_app(
+    coordinator: Coordinator,
+    *,
+    metrics: Callable[[], bytes] = _no_metrics,
+    unhealthy: Problems = _none,
+    unready: Problems = _none,
+    join_wait_s: float = JOIN_WAIT_S,
+) -> FastAPI:
+    """The application described above.
+
+    `metrics` gives the exposition text; `unhealthy` and `unready` give one sentence per problem.
+    All three are called in the server's thread.
+    """
+    waiters = Waiters()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        waiters.attach(asyncio.get_running_loop())
+        coordinator.on_publish = waiters.wake
+        yield
+        waiters.attach(None)
+
+    app = FastAPI(
+        title="dstrain coordinator",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.waiters = waiters
+    for error, status, headers in (
+        (UnknownTraining, 404, None),
+        (Fenced, 410, None),
+        (Crowded, 429, {"Retry-After": "5"}),
+    ):
+        app.add_exception_handler(error, _refusal(status, headers))
+
+    async def message(request: Request, uid: str, kind: type[Message]) -> Message:
+        _authenticate(coordinator, uid, request)
+        return _parse(kind, await _body(request))
+
+    @app.post("/v1/trainings/{uid}/join")
+    async def join(uid: str, request: Request) -> Response:
+        asked = await message(request, uid, Join)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + join_wait_s
+        while True:
+            if waiters.closed:
+                raise HTTPException(503, "the server is stopping: ask again")
+            published = waiters.event(uid)
+            place = coordinator.join(uid, asked)
+            if place.generation:
+                return _json(place)
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await published.wait()
+            except TimeoutError:
+                return _json(Assignment(), status=202)
+            if await request.is_disconnected():
+                return Response(status_code=499)  # a pod that has gone must not join once more
+
+    @app.post("/v1/trainings/{uid}/beat")
+    async def beat(uid: str, request: Request) -> Response:
+        return _json(coordinator.beat(uid, await message(request, uid, Beat)))
+
+    @app.post("/v1/trainings/{uid}/report")
+    async def report(uid: str, request: Request) -> Response:
+        coordinator.report(uid, await message(request, uid, Report))
+        return Response(status_code=204)
+
+    @app.post("/v1/trainings/{uid}/commit")
+    async def commit(uid: str, request: Request) -> Response:
+        return _json(coordinator.commit(uid, await message(request, uid, Commit)))
+
+    @app.get("/metrics")
+    async def expose() -> Response:
+        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return _probe(unhealthy())
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return _probe(unready())
+
+    return app
+
+
+def _refusal(
+    status: int, headers: dict[str, str] | None
+) -> Callable[[Request, Exception], Response]:
+    def answer(_request: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": str(error)}, status_code=status, headers=headers)
+
+    return answer
+
+
+def _authenticate(coordinator: Coordinator, uid: str, request: Request) -> None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if not coordinator.authenticate(uid, token.strip()) or scheme.lower() != "bearer":
+        raise HTTPException(
+            401,
+            f"wrong or missing token of training {uid}",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, read no further than the limit."""
+    too_large = HTTPException(
+        413, f"the body exceeds {BODY_LIMIT_BYTES} bytes", headers={"Connection": "close"}
+    )
+    length = request.headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > BODY_LIMIT_BYTES:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_LIMIT_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def _parse(kind: type[Message], body: bytes) -> Message:
+    try:
+        return kind.model_validate_json(body, extra="ignore")
+    except ValidationError as error:
+        found = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False)
+        )
+        raise HTTPException(422, f"not a {kind.__name__}: {found}") from error
+
+
+def _json(answer: BaseModel, status: int = 200) -> Response:
+    return Response(answer.model_dump_json(), status, media_type="application/json")
+
+
+def _probe(problems: Sequence[str]) -> Response:
+    return PlainTextResponse("\n".join(problems) or "ok", 503 if problems else 200)
+
+
+class ServerThread:
+    """An application served by uvicorn in its own thread and event loop."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        """Bind the port at once; 0 takes any free one. Raises OSError if it is taken."""
+        self._app = app
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server(
+            (host, port), family=family, backlog=4096, dualstack_ipv6=host == "::"
+        )
+        self.port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_certfile=tls_cert,
+                ssl_keyfile=tls_key,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=STOP_TIMEOUT_S,
+            )
+        )
+        self._thread = threading.Thread(target=self._run, name="coordinator-http", daemon=True)
+
+    def start(self) -> None:
+        """Serve from now on. The port has been accepting since construction."""
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it still serves; False after `stop` or a crash."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Accept nothing more, answer what is being asked, end the thread."""
+        self._app.state.waiters.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._server.run(sockets=[self._socket])
