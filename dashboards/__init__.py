@@ -1,0 +1,1 @@
+"""Grafana dashboards as Python, and the table of metrics; `python -m dashboards.generate`."""
