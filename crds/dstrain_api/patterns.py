@@ -9,6 +9,7 @@ DURATION_PATTERN: Final = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
 QUANTITY_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
 URI_PATTERN: Final = r"^(file:///|pvc://[a-z0-9]|builtin://[a-z0-9]).*$"
 FOLDER_PATTERN: Final = r"^(file:///|pvc://[a-z0-9]).*$"
+AUTO_PATTERN: Final = r"^auto$"
 RESOURCE_PATTERN: Final = r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$"
 NAME_PATTERN: Final = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_LIMIT: Final = (
@@ -18,6 +19,7 @@ NAME_LIMIT: Final = (
 HELP: Final[dict[str, str]] = {
     DURATION_PATTERN: "write a duration such as 500ms, 90s, 5m or 1h30m",
     QUANTITY_PATTERN: "write a quantity such as 500m, 2 or 10Gi",
+    AUTO_PATTERN: "write auto, or a number of ranks from 1",
     URI_PATTERN: "write file:///path, pvc://claim/path or builtin://name",
     FOLDER_PATTERN: "write pvc://claim/path or file:///path",
     RESOURCE_PATTERN: "write an extended resource as domain/name, such as rdma/ib",

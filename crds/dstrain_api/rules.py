@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
 from dstrain_api.patterns import NAME_LIMIT, NAME_PATTERN
 from dstrain_api.problems import field_problems
 from dstrain_api.quantities import duration_s
 from dstrain_api.spec import DeepSeekTrainingSpec
-from dstrain_api.terms import Values
+from dstrain_api.terms import Values, present
 
 SHORTEST_HEARTBEAT_S: Final = 3  # three beats at the shortest interval
 NAME_MESSAGE: Final = (
@@ -238,13 +239,19 @@ RULES: Final[tuple[Rule, ...]] = (
 )
 
 
+def _unchanged(path: str) -> str:
+    now, before = present(path), present(path, root="oldSelf")
+    field = ".".join(map(to_camel, path.split(".")))
+    return f"({now}) == ({before}) && (!({now}) || self.{field} == oldSelf.{field})"
+
+
 def _fixed(path: str, why: str) -> Transition:
-    chain = ".?".join(path.split("."))
+    field = ".".join(map(to_camel, path.split(".")))
     return Transition(
-        name=f"{path}-fixed",
-        field=path,
-        cel=f"self.?{chain} == oldSelf.?{chain}",
-        message=f"{path} cannot change after creation: {why}; create another training",
+        name=f"{field}-fixed",
+        field=field,
+        cel=_unchanged(path),
+        message=f"{field} cannot change after creation: {why}; create another training",
     )
 
 
@@ -257,15 +264,15 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
             "entrypoint",
             "model",
             "data",
-            "training.globalBatch",
-            "training.microBatch",
+            "training.global_batch",
+            "training.micro_batch",
             "training.seed",
             "optimizer",
             "precision",
             "parallelism",
         )
     ),
-    *(_fixed(path, _PODS) for path in ("workers.gpusPerWorker", "workers.processesPerWorker")),
+    *(_fixed(path, _PODS) for path in ("workers.gpus_per_worker", "workers.processes_per_worker")),
     *(_fixed(path, "the saved state is there") for path in ("checkpoint.uri", "checkpoint.claim")),
     Transition(
         name="training-tokens-grow",
@@ -278,7 +285,7 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
     Transition(
         name="fabric-while-suspended",
         field="fabric",
-        cel="self.?fabric == oldSelf.?fabric || oldSelf.?suspend.orValue(false)",
+        cel=f"({_unchanged('fabric')}) || (has(oldSelf.suspend) && oldSelf.suspend)",
         message="fabric can only change while the training is suspended; set suspend: true first",
     ),
 )

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from dstrain_api.base import ApiModel
 from dstrain_api.model import ModelSpec
 from dstrain_api.patterns import (
+    AUTO_PATTERN,
     DURATION_PATTERN,
     FOLDER_PATTERN,
     HELP,
@@ -32,7 +33,7 @@ def _data_shard(value: object) -> int | Literal["auto"]:
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    raise ValueError(f"{value!r}: write auto, or a number of ranks from 1")
+    raise ValueError(f"{value!r}: {HELP[AUTO_PATTERN]}")
 
 
 def _template(value: object) -> dict[str, Any]:
@@ -57,7 +58,7 @@ Quantity = Annotated[
 DataShard = Annotated[
     int | Literal["auto"],
     PlainValidator(_data_shard),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 1, "maxLength": 4, "pattern": "^auto$"}),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 1, "maxLength": 4, "pattern": AUTO_PATTERN}),
 ]
 Template = Annotated[
     dict[str, Any],

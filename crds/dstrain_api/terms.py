@@ -44,6 +44,22 @@ def _camel(path: str) -> list[str]:
     return [to_camel(part) for part in path.split(".")]
 
 
+def present(path: str, root: str = "self") -> str:
+    """CEL: whether the field at this path is written, and all structs on the way."""
+    names = _camel(path)
+    return " && ".join(
+        f"has({'.'.join((root, *names[: depth + 1]))})" for depth in range(len(names))
+    )
+
+
+def chosen(path: str, otherwise: str) -> str:
+    """CEL: the field at this path, or another value where it is not written.
+
+    Written without optional types: the cost estimate loses the bounds of what goes through them.
+    """
+    return f"({present(path)} ? self.{'.'.join(_camel(path))} : {otherwise})"
+
+
 def _default(path: str) -> Value:
     """Default of a field of the spec, by its Python path."""
     model: Any = DeepSeekTrainingSpec
@@ -64,8 +80,7 @@ def _field(path: str) -> Term:
                 return _default(path)
         return found
 
-    chain = ".?".join(_camel(path))
-    return Term(f"self.?{chain}.orValue({literal(_default(path))})", value)
+    return Term(chosen(path, literal(_default(path))), value)
 
 
 def _given(path: str) -> Term:
@@ -79,7 +94,7 @@ def _given(path: str) -> Term:
             found = getattr(found, part)
         return True
 
-    return Term(f"self.?{'.?'.join(_camel(path))}.hasValue()", value)
+    return Term(f"({present(path)})", value)
 
 
 def _dimension(path: str) -> Term:
@@ -97,8 +112,8 @@ def _dimension(path: str) -> Term:
         return of(spec.model.resolve())
 
     presets = ", ".join(f"{literal(name)}: {of(preset)}" for name, preset in PRESETS.items())
-    chain = ".?".join(_camel(path))
-    return Term(f"self.model.?overrides.?{chain}.orValue({{{presets}}}[self.model.preset])", value)
+    preset = f"{{{presets}}}[self.model.preset]"
+    return Term(chosen(f"model.overrides.{path}", preset), value)
 
 
 def _all_given(*parts: str) -> Term:
@@ -109,12 +124,12 @@ def _all_given(*parts: str) -> Term:
 _REPLICAS = _field("workers.replicas")
 _GPUS = _field("workers.gpus_per_worker")
 _PROCESSES = Term(
-    f"self.?workers.?processesPerWorker.orValue({_GPUS.cel} > 0 ? {_GPUS.cel} : 1)",
+    chosen("workers.processes_per_worker", f"({_GPUS.cel} > 0 ? {_GPUS.cel} : 1)"),
     lambda spec: spec.workers.processes_per_worker,
 )
 _TENSOR = _field("parallelism.tensor")
 _RANKS = Term(
-    f"({_REPLICAS.cel} * ({_PROCESSES.cel}))",
+    f"({_REPLICAS.cel} * {_PROCESSES.cel})",
     lambda spec: spec.workers.replicas * spec.workers.processes_per_worker,
 )
 _DATA_SHARD = _field("parallelism.data_shard")
@@ -162,7 +177,7 @@ TERMS: Final[Mapping[str, Term]] = {
     "tensor": _TENSOR,
     "dataReplicate": _field("parallelism.data_replicate"),
     "dataShard": Term(
-        f"({_DATA_SHARD.cel})",
+        _DATA_SHARD.cel,
         lambda spec: spec.parallelism.data_shard if spec.parallelism else "auto",
     ),
     "globalBatch": _field("training.global_batch"),
