@@ -9,22 +9,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from e2e.clusters.home import home
-from e2e.clusters.interface import Cluster
 from e2e.clusters.providers import PROVIDERS, choose
 from e2e.clusters.shell import ClusterError
 
-NODE_COMMANDS: dict[str, Callable[[Cluster, str], None]] = {
-    "power-off": Cluster.power_off,
-    "power-on": Cluster.power_on,
-    "partition": Cluster.partition,
-    "heal": Cluster.heal,
-    "drain": Cluster.drain,
-    "uncordon": Cluster.uncordon,
-}
+# Each is a method of Cluster that takes a node.
+NODE_COMMANDS = ("power-off", "power-on", "partition", "heal", "drain", "uncordon")
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
         archive = Path(options.image)
         cluster.load_image(archive if archive.is_file() else options.image)
     else:
-        NODE_COMMANDS[options.command](cluster, options.node)
+        getattr(cluster, options.command.replace("-", "_"))(options.node)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -74,16 +74,8 @@ class KindCluster(Cluster):
         control_plane = f"{self.name}-control-plane"
         if control_plane in run("kind", "get", "nodes", "--name", self.name).split():
             # What pods wrote belongs to their users: the container's root may delete it.
-            run(
-                "docker",
-                "exec",
-                control_plane,
-                "find",
-                VOLUMES_IN_NODE,
-                "-mindepth",
-                "1",
-                "-delete",
-            )
+            empty = ("find", VOLUMES_IN_NODE, "-mindepth", "1", "-delete")
+            run("docker", "exec", control_plane, *empty)
         run("kind", "delete", "cluster", "--name", self.name, timeout_s=180)
         if self._folder.exists():
             shutil.rmtree(self._folder)

@@ -26,6 +26,7 @@ NEEDED = {
     "openssl": "openssl",
     "procps": "sysctl",
     "runc": "runc",
+    "skopeo": "skopeo",
 }
 
 

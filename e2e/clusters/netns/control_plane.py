@@ -98,6 +98,7 @@ def start_controllers(plan: Plan, state: State, programs: Path) -> None:
         f"--service-account-private-key-file={state.keys}/service-accounts.key",
         f"--root-ca-file={state.certificate}",
         "--use-service-account-credentials=true",
+        f"--flex-volume-plugin-dir={state.folder}/volume-plugins",  # It makes the folder.
         "--leader-elect=false",
         f"--bind-address={plan.loopback}",
         # The defaults are 50 s and 5 s; with these a silent node is NotReady in about 13 s.

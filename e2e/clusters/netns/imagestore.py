@@ -5,8 +5,8 @@ into the *seed*: the root folder of a containerd that runs on no node. A new nod
 hard-linked copy of it (a fraction of a second, no disk). After that an image moves as an OCI
 archive of only those blobs that the receiver lacks: when code changes, its last layer.
 
-    buildah's store -> layout (OCI, all blobs once) -> seed -> hard links -> nodes of the next `up`
-                                       \\-> thin archive -> nodes that run
+    buildah's store -> layout (OCI, all blobs once) -> seed -> hard links -> nodes still empty
+                          |-> archive of the missing blobs -> nodes in use
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,32 +30,45 @@ from e2e.clusters.shell import ClusterError, run
 
 PAUSE_IMAGE = "localhost/dstrain/pause:1"
 IMPORT_TIMEOUT_S = 900
+MUCH_BYTES = 200_000_000
 
 
 def copy_seed(containerd_root: Path) -> None:
     """Give a new node all images that the seed holds."""
-    with _locked() as store:
-        if not store.seed.exists():
-            _build_pause_image()
-            store.update(PAUSE_IMAGE)
+    if not _Store().seed.exists():
+        take(PAUSE_IMAGE)
+    with _locked(fcntl.LOCK_SH) as store:
         _link_copy(store.seed, containerd_root)
 
 
-def load(image: str | Path, sockets: list[Path]) -> None:
-    """Bring an image into the seed and into the containerds that listen on `sockets`."""
-    name = _unpack_archive(image) if isinstance(image, Path) else _full_name(image)
-    with _locked() as store:
+def take(image: str | Path) -> str:
+    """Take an image, or the one in a docker-archive, into the layout and the seed; its name."""
+    with _locked(fcntl.LOCK_EX) as store:
         if not store.seed.exists():
             _build_pause_image()
             store.update(PAUSE_IMAGE)
+        name = _unpack_archive(image) if isinstance(image, Path) else _full_name(image)
         store.update(name)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda socket: _import_thin(store.layout, name, socket), sockets))
+    return name
+
+
+def lacks_much(name: str, socket: Path) -> bool:
+    """Whether sending the image to this containerd would take minutes rather than seconds."""
+    present = _present(socket)
+    with _locked(fcntl.LOCK_SH) as store:
+        absent = [store.layout / _path(d) for d in _blobs(store.layout, name) if d not in present]
+        return sum(blob.stat().st_size for blob in absent) > MUCH_BYTES
+
+
+def send(name: str, socket: Path) -> None:
+    """Send an image that was taken to a containerd: only those of its blobs that it lacks."""
+    with _locked(fcntl.LOCK_SH) as store:
+        _import(store.layout, name, socket)
 
 
 @dataclass(frozen=True)
 class _Store:
-    folder: Path
+    folder: Path = field(default_factory=lambda: home() / "images")
 
     @property
     def layout(self) -> Path:
@@ -67,19 +79,26 @@ class _Store:
         return self.folder / "seed"
 
     def update(self, name: str) -> None:
-        """Put buildah's image `name` into the layout and into the seed."""
-        # Uncompressed: nothing travels further than this disk. A blob that the layout has is not
-        # written again.
-        target = f"oci:{self.layout}:{name}"
-        run("buildah", "push", "--quiet", "-D", name, target, timeout_s=IMPORT_TIMEOUT_S)
+        """Put buildah's image `name` into layout and seed, in place of its repository's others."""
+        # Uncompressed: nothing travels further than this disk, and gzip would take minutes for
+        # torch. A blob that the layout has is not written again. (`buildah push` always
+        # compresses for a layout, whatever its --disable-compression says.)
+        run(
+            *("skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"),
+            *(f"containers-storage:{name}", f"oci:{self.layout}:{name}"),
+            timeout_s=IMPORT_TIMEOUT_S,
+        )
         work = self.folder / "seed.new"
         _remove_containerd(work)
         work.mkdir()
         if self.seed.exists():
             _link_copy(self.seed, work / "containerd")
         socket = _start_containerd(work)
-        _import_thin(self.layout, name, socket)
+        _import(self.layout, name, socket)
+        held = _replace_older(name, socket)
         kill_all(lambda pid: is_daemon(pid, work))
+        _forget_all_but(held, self.layout)
+        _share_blobs(self.layout, work / "containerd")
         if self.seed.exists():
             shutil.rmtree(self.seed)
         (work / "containerd").rename(self.seed)
@@ -87,13 +106,44 @@ class _Store:
 
 
 @contextmanager
-def _locked() -> Iterator[_Store]:
-    """The store, for this process alone: clusters and checkouts share it."""
-    folder = home() / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield _Store(folder)
+def _locked(mode: int) -> Iterator[_Store]:
+    """The store, shared for reading or exclusive: all clusters and checkouts use the same."""
+    store = _Store()
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with (store.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, mode)
+        yield store
+
+
+def _replace_older(name: str, socket: Path) -> set[str]:
+    """Remove the other tags of the image's repository; the names that remain."""
+    ctr = _ctr(socket)
+    names = set(run(*ctr, "images", "ls", "--quiet").split())
+    older = {n for n in names if n != name and n.rpartition(":")[0] == name.rpartition(":")[0]}
+    if older:
+        run(*ctr, "images", "rm", "--sync", *older, timeout_s=120)
+    return names - older
+
+
+def _forget_all_but(names: set[str], layout: Path) -> None:
+    """Remove all other images from the layout, and the blobs that only they had."""
+    index = json.loads((layout / "index.json").read_text())
+    index["manifests"] = [m for m in index["manifests"] if _name(m) in names]
+    (layout / "index.json").write_text(json.dumps(index))
+    needed = {_path(digest) for name in names for digest in _blobs(layout, name)}
+    for blob in (layout / "blobs" / "sha256").iterdir():
+        if str(blob.relative_to(layout)) not in needed:
+            blob.unlink()
+
+
+def _share_blobs(layout: Path, containerd_root: Path) -> None:
+    """Keep each blob once on the disk: both sides only ever add and remove whole files."""
+    for blob in (containerd_root / "io.containerd.content.v1.content/blobs/sha256").iterdir():
+        twin = layout / "blobs" / "sha256" / blob.name
+        if twin.exists() and not twin.samefile(blob):
+            spare = blob.with_suffix(".link")
+            spare.hardlink_to(twin)
+            spare.rename(blob)
 
 
 def thin_archive(layout: Path, name: str, present: set[str], out: IO[bytes]) -> None:
@@ -101,33 +151,39 @@ def thin_archive(layout: Path, name: str, present: set[str], out: IO[bytes]) -> 
 
     Raises ClusterError if the layout does not have the image.
     """
-    manifest = _manifest(layout, name)
     with tarfile.open(fileobj=out, mode="w|") as tar:
         _add_text(tar, "oci-layout", {"imageLayoutVersion": "1.0.0"})
         # containerd takes this name as it is; it would prefix the standard annotation's.
-        named = {**manifest, "annotations": {"io.containerd.image.name": name}}
-        _add_text(tar, "index.json", {"schemaVersion": 2, "manifests": [named]})
-        for digest in _blobs(layout, manifest):
+        annotations = {"io.containerd.image.name": name}
+        manifest = {**_manifest(layout, name), "annotations": annotations}
+        _add_text(tar, "index.json", {"schemaVersion": 2, "manifests": [manifest]})
+        for digest in _blobs(layout, name):
             if digest not in present:
-                path = _blob(digest)
-                tar.add(layout / path, arcname=path)
+                tar.add(layout / _path(digest), arcname=_path(digest))
 
 
 def _manifest(layout: Path, name: str) -> dict[str, Any]:
     index = json.loads((layout / "index.json").read_text())
     for manifest in index["manifests"]:
-        if manifest.get("annotations", {}).get("org.opencontainers.image.ref.name") == name:
+        if _name(manifest) == name:
             return dict(manifest)
     raise ClusterError(f"no image {name} in {layout}")
 
 
-def _blobs(layout: Path, manifest: dict[str, Any]) -> list[str]:
-    content = json.loads((layout / _blob(manifest["digest"])).read_text())
+def _name(manifest: dict[str, Any]) -> str | None:
+    name: str | None = manifest.get("annotations", {}).get("org.opencontainers.image.ref.name")
+    return name
+
+
+def _blobs(layout: Path, name: str) -> list[str]:
+    """Digests of the image's manifest, configuration and layers."""
+    manifest = _manifest(layout, name)["digest"]
+    content = json.loads((layout / _path(manifest)).read_text())
     layers = [layer["digest"] for layer in content["layers"]]
-    return list(dict.fromkeys([manifest["digest"], content["config"]["digest"], *layers]))
+    return list(dict.fromkeys([manifest, content["config"]["digest"], *layers]))
 
 
-def _blob(digest: str) -> str:
+def _path(digest: str) -> str:
     return f"blobs/{digest.replace(':', '/')}"
 
 
@@ -138,11 +194,18 @@ def _add_text(tar: tarfile.TarFile, name: str, content: dict[str, Any]) -> None:
     tar.addfile(entry, io.BytesIO(data))
 
 
-def _import_thin(layout: Path, name: str, socket: Path) -> None:
-    ctr = ["ctr", "--address", str(socket), "--namespace", "k8s.io"]
-    present = set(run(*ctr, "content", "ls", "--quiet").split())
+def _ctr(socket: Path) -> list[str]:
+    return ["ctr", "--address", str(socket), "--namespace", "k8s.io"]
+
+
+def _present(socket: Path) -> set[str]:
+    return set(run(*_ctr(socket), "content", "ls", "--quiet").split())
+
+
+def _import(layout: Path, name: str, socket: Path) -> None:
+    present = _present(socket)
     with subprocess.Popen(
-        [*ctr, "images", "import", "-"],
+        [*_ctr(socket), "images", "import", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -201,18 +264,25 @@ def _remove_containerd(work: Path) -> None:
 
 
 def _full_name(image: str) -> str:
-    """The name under which buildah knows an image, e.g. localhost/x:latest for x."""
-    found = json.loads(run("buildah", "inspect", "--type", "image", image))
-    name = found["FromImage"]
-    if not name:
-        raise ClusterError(f"{image} has no name: give it one with `buildah tag`")
-    return str(name)
+    """The name under which buildah keeps an image, e.g. localhost/x:latest for x."""
+    names = {name for listed in _listed() for name in listed.get("names") or []}
+    for name in (image, f"{image}:latest", f"localhost/{image}", f"localhost/{image}:latest"):
+        if name in names:
+            return name
+    raise ClusterError(f"no image {image} here (see `buildah images`), nor an archive of that path")
 
 
 def _unpack_archive(archive: Path) -> str:
     """Put a docker-archive into buildah's store; the name it has there."""
-    image = run("buildah", "pull", "--quiet", f"docker-archive:{archive}", timeout_s=600)
-    return _full_name(image.strip())
+    image = run("buildah", "pull", "--quiet", f"docker-archive:{archive}", timeout_s=600).strip()
+    for listed in _listed():
+        if image.startswith(listed["id"]) and listed.get("names"):
+            return str(listed["names"][0])
+    raise ClusterError(f"the image in {archive} has no name: save it with one")
+
+
+def _listed() -> list[dict[str, Any]]:
+    return list(json.loads(run("buildah", "images", "--json")))
 
 
 def _build_pause_image() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from e2e.clusters.netns import cgroups, imagestore
+from e2e.clusters.netns import cgroups, imagestore, remains
 from e2e.clusters.netns.plan import Plan
 from e2e.clusters.netns.processes import in_cgroup, is_daemon, kill_all, start, wait_ready
 from e2e.clusters.netns.state import State
+from e2e.clusters.shell import run
 
 
 def prepare(plan: Plan, state: State, node: str) -> None:
@@ -60,6 +61,22 @@ def start_kubelet(plan: Plan, state: State, programs: Path, node: str) -> None:
     )
 
 
+def is_empty(state: State, node: str) -> bool:
+    """Whether no container was made on the node yet."""
+    ctr = ("ctr", "--address", state.socket(node), "--namespace", "k8s.io")
+    return not run(*ctr, "containers", "ls", "--quiet").strip()
+
+
+def begin_with_seed(plan: Plan, state: State, node: str) -> None:
+    """Replace all images of an empty node by those of the seed."""
+    folder = state.node(node)
+    kill_all(lambda pid: is_daemon(pid, folder, "containerd"))
+    remains.unmount_below(folder / "containerd")
+    remains.remove_below(folder / "containerd")
+    imagestore.copy_seed(folder / "containerd")
+    start_containerd(plan, state, node)
+
+
 def kill(plan: Plan, state: State, node: str) -> None:
     """Kill all that runs on a node: its daemons, shims and containers."""
     folder, cgroup = state.node(node), plan.place(node)
@@ -69,7 +86,6 @@ def kill(plan: Plan, state: State, node: str) -> None:
 def _cni(plan: Plan, state: State, node: str) -> str:
     # ptp and not bridge: packets between two pods of one node then pass the node's routing, so a
     # service address works between them even where the kernel has no br_netfilter.
-    # The network's name begins the names of CNI's cached results, which `down` finds by it.
     ipam = {
         "type": "host-local",
         "dataDir": f"{state.node(node)}/ipam",
@@ -83,7 +99,7 @@ def _cni(plan: Plan, state: State, node: str) -> str:
 def _containerd(state: State, node: str) -> str:
     # restrict_oom_score_adj: where the machine lacks CAP_SYS_RESOURCE, runc dies without it
     # ("can't get final child's PID").
-    # opt: containerd would make /opt/containerd.
+    # opt and runc's Root: else in /opt/containerd and /run/containerd, where they would remain.
     folder = state.node(node)
     return f"""\
 version = 2
@@ -103,6 +119,7 @@ conf_dir = "{folder}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+Root = "{folder}/runc"
 SystemdCgroup = false
 """
 

@@ -58,6 +58,12 @@ def command_line(pid: int) -> list[str]:
     return raw.decode(errors="replace").rstrip("\0").split("\0") if raw else []
 
 
+def runs(pid: int, program: str) -> bool:
+    """Whether the process runs the program of that name."""
+    arguments = command_line(pid)
+    return bool(arguments) and Path(arguments[0]).name == program
+
+
 def is_daemon(pid: int, folder: Path, program: str | None = None) -> bool:
     """Whether the process is one of the daemons (or the one named) that work below `folder`."""
     arguments = command_line(pid)

@@ -119,7 +119,8 @@ class NetnsCluster(Cluster):
         remains.unmount_below(state.folder)
         network.remove_all(plan)
         cgroups.remove(f"{plan.prefix}-")
-        remains.remove_cni_results(plan)
+        remains.remove_cni_results(state.folder)
+        remains.remove_kubelet_socket()
         remains.remove_log_links(state.folder)
         # The claim of the network goes last, and only once this folder no longer names it: else
         # a second `down` could remove the cluster that claims it next.
@@ -127,7 +128,17 @@ class NetnsCluster(Cluster):
         network.release(plan)
 
     def load_image(self, image: str | Path) -> None:
-        imagestore.load(image, [s for n in self.nodes() if self._on(s := self._state.socket(n))])
+        state, plan = self._state, self._plan()
+        name = imagestore.take(image)
+
+        def give(node: str) -> None:
+            socket = state.socket(node)
+            if imagestore.lacks_much(name, socket) and machine.is_empty(state, node):
+                machine.begin_with_seed(plan, state, node)
+            else:
+                imagestore.send(name, socket)
+
+        _for_each([n for n in plan.nodes if self._on(state.socket(n))], give)
 
     def _on(self, socket: Path) -> bool:
         return imagestore.containerd_answers(socket)
@@ -156,6 +167,7 @@ class NetnsCluster(Cluster):
         remains.remove_shim_sockets(folder / "containerd-state")
         remains.unmount_below(folder)
         remains.remove_below(folder / "containerd-state")
+        remains.remove_below(folder / "runc")
         remains.remove_below(folder / "ipam")
         network.remove_node(plan, node)
 

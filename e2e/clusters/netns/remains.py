@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from e2e.clusters.netns.plan import Plan
+from e2e.clusters.netns.processes import find, runs
 from e2e.clusters.shell import ClusterError, run
 
 
@@ -32,10 +32,11 @@ def remove_shim_sockets(containerd_state: Path) -> None:
         Path(address.read_text().removeprefix("unix://")).unlink(missing_ok=True)
 
 
-def remove_cni_results(plan: Plan) -> None:
-    """libcni caches the result of each attachment under the network's name."""
-    for result in Path("/var/lib/cni/results").glob(f"{plan.prefix}-*"):
-        result.unlink(missing_ok=True)
+def remove_cni_results(folder: Path) -> None:
+    """libcni caches each attachment, with the path of its namespace, for the whole machine."""
+    for result in Path("/var/lib/cni/results").glob("*"):
+        if f'"{folder}/' in result.read_text():
+            result.unlink(missing_ok=True)
 
 
 def remove_log_links(folder: Path) -> None:
@@ -43,6 +44,17 @@ def remove_log_links(folder: Path) -> None:
     for link in Path("/var/log/containers").glob("*"):
         if link.is_symlink() and folder in link.readlink().parents:
             link.unlink(missing_ok=True)
+
+
+def remove_kubelet_socket() -> None:
+    """Every kubelet makes this one path, whatever its root folder; the last one gone cleans up."""
+    if find(lambda pid: runs(pid, "kubelet")):
+        return
+    folder = Path("/var/lib/kubelet/device-plugins")
+    (folder / "kubelet.sock").unlink(missing_ok=True)
+    for empty in (folder, folder.parent):
+        if empty.exists() and not any(empty.iterdir()):
+            empty.rmdir()
 
 
 def _mounts_below(folder: Path) -> list[str]:
