@@ -109,4 +109,7 @@ class Cluster(Protocol):
         namespace: str = "",
         label_selector: str = "",
     ) -> AsyncIterator[WatchEvent]:
-        """Changes since `resource_version`, until the stream ends. Raises Gone, ClusterError."""
+        """Changes since `resource_version`, until the stream ends. Raises Gone, ClusterError.
+
+        A bookmark may come at once, to say that the server can be reached.
+        """

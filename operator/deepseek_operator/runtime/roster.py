@@ -41,15 +41,15 @@ ERRORS_LIMIT = 64  # errors kept per generation: enough to find the one that cam
 STRANGER_LIFETIME_S = 600.0  # a silent pod outside the membership is forgotten after this
 
 
-class UnknownTraining(Exception):
+class UnknownTraining(Exception):  # noqa: N818 - an answer more than an error
     """The training is not known, or not yet: ask again."""
 
 
-class Fenced(Exception):
+class Fenced(Exception):  # noqa: N818 - an answer more than an error
     """The pod was replaced and will never be a member again: it should exit."""
 
 
-class Crowded(Exception):
+class Crowded(Exception):  # noqa: N818 - an answer more than an error
     """More pods than any training may have: ask again later."""
 
 
