@@ -1,0 +1,1 @@
+"""How one model is spread over processes: the mesh, tensor parallelism, sharded data parallelism."""

@@ -1,0 +1,44 @@
+"""Sharded data parallelism: FSDP2 around every block, in the precision of the training."""
+
+from typing import Final
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from deepseek_trainer.model.deepseek import DeepSeek
+from deepseek_trainer.model.init import initialise
+from deepseek_trainer.parallel.mesh import Mesh
+from deepseek_trainer.parallel.tensor import distribute_over_tensor_group
+
+COMPUTE_DTYPE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def spread(model: DeepSeek, mesh: Mesh, *, compute: str, seed: int) -> None:
+    """Turn a model made on the meta device into its part on this rank, with initial weights.
+
+    Gradients are summed over the ranks, not averaged: the loss is divided by the tokens of the global batch.
+    """
+    distribute_over_tensor_group(model, mesh)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute == "fp32" else COMPUTE_DTYPE[compute],
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary tables stay in fp32
+    )
+    data_parallel = mesh.data_parallel
+    for block in model.blocks:
+        fully_shard(block, mesh=data_parallel, mp_policy=policy)
+    fully_shard(model, mesh=data_parallel, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no PREMUL_SUM, which a divide factor would use.
+            module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=mesh.device)
+    initialise(model, seed=seed, mesh=mesh)
+
+
+def sharded(model: nn.Module) -> FSDPModule:
+    """The model as the root of its sharding."""
+    assert isinstance(model, FSDPModule)
+    return model

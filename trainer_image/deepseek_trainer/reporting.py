@@ -1,0 +1,74 @@
+"""What a training process tells its pod's agent: JSON datagrams on a local socket. No torch, no waiting, no errors.
+
+    {"localRank": 0, "rankStep": 12}                                  every rank
+    {"localRank": 0, "rankStep": 12, "progress": {...}, "metrics": {...}}   rank 0; progress as protocol.ProgressReport
+    {"localRank": 0, "done": true}                                    every rank, after the last commit
+
+A figure that cannot be delivered at once is dropped: the next one replaces it.
+"""
+
+import contextlib
+import json
+import os
+import socket
+from typing import Any
+
+from dstrain_api.constants import ENV_REPORT_SOCKET
+
+
+def report(
+    *,
+    step: int,
+    loss: float | None = None,
+    tokens: int | None = None,
+    total_steps: int | None = None,
+    tokens_per_second: float | None = None,
+    step_seconds: float | None = None,
+    mfu: float | None = None,
+    resumed_step: int | None = None,
+    metrics: dict[str, float] | None = None,
+) -> None:
+    """Say how far this process is. Any program that torchrun starts may call it after a step, on every rank.
+
+    Args:
+        step: last finished optimizer step.
+        loss: training loss, in nats per token.
+        tokens: tokens trained on by all ranks since the training began.
+        total_steps: steps until complete.
+        tokens_per_second: throughput of all ranks.
+        step_seconds: wall time of the step.
+        mfu: model FLOP utilisation, as a ratio.
+        resumed_step: step of the checkpoint that this process resumed from; 0 from scratch.
+        metrics: further figures by their names in `dstrain_api.metrics`.
+    """
+    record: dict[str, Any] = {"rankStep": step}
+    if os.environ.get("RANK", "0") == "0":
+        progress = {
+            "step": step,
+            "loss": loss,
+            "tokens": tokens,
+            "totalSteps": total_steps,
+            "tokensPerSecond": tokens_per_second,
+            "stepSeconds": step_seconds,
+            "mfu": mfu,
+            "resumedStep": resumed_step,
+        }
+        record["progress"] = {key: value for key, value in progress.items() if value is not None}
+        record["metrics"] = metrics or {}
+    _send(record)
+
+
+def report_done() -> None:
+    """Say that this process has reached its end and the last checkpoint is committed."""
+    _send({"done": True})
+
+
+def _send(record: dict[str, Any]) -> None:
+    path = os.environ.get(ENV_REPORT_SOCKET)
+    if not path:
+        return
+    datagram = json.dumps({"localRank": int(os.environ.get("LOCAL_RANK", "0")), **record}).encode()
+    # The agent may be restarting or its queue full; training never waits for a reader.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(datagram, path)

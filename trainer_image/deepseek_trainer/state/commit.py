@@ -1,0 +1,167 @@
+"""Asking the coordinator whether a complete checkpoint may become the one to resume from, without holding up training."""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dstrain_api.constants import (
+    ENV_COORDINATOR,
+    ENV_GENERATION,
+    ENV_POD_UID,
+    ENV_TOKEN,
+    ENV_TRAINING_UID,
+)
+from dstrain_api.protocol import Commit, Verdict
+
+from deepseek_trainer.state.folder import CheckpointFolder
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S: Final = 5.0
+_PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+_FINAL_ANSWERS: Final = frozenset({401, 403, 410, 422})  # asking again would not help
+
+
+def generation() -> int:
+    """The generation this process belongs to; 0 outside a cluster."""
+    return int(os.environ.get(ENV_GENERATION, "0"))
+
+
+def ask_coordinator(step: int, uri: str) -> Verdict:
+    """Ask once. Without a coordinator (plain torchrun) every commit is accepted.
+
+    Raises:
+        OSError: no answer; ask again.
+    """
+    coordinator = os.environ.get(ENV_COORDINATOR)
+    if not coordinator:
+        return Verdict(accepted=True)
+    commit = Commit(pod_uid=os.environ[ENV_POD_UID], generation=generation(), step=step, uri=uri)
+    request = urllib.request.Request(  # noqa: S310  (the operator gives the address)
+        f"{coordinator}/v1/trainings/{os.environ[ENV_TRAINING_UID]}/commit",
+        data=commit.model_dump_json().encode(),
+        headers={
+            "Authorization": f"Bearer {os.environ.get(ENV_TOKEN, '')}",
+            "Content-Type": "application/json",
+        },
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
+            return Verdict.model_validate(json.load(answer))
+    except urllib.error.HTTPError as error:
+        if error.code in _FINAL_ANSWERS:
+            return Verdict(accepted=False, reason=f"the coordinator answered {error}")
+        raise
+
+
+@dataclass(frozen=True)
+class _Draft:
+    step: int
+    path: Path
+
+
+class Committer:
+    """Commits complete drafts in the background; a newer draft takes the place of one that still waits.
+
+    Args:
+        folder: of the training.
+        ask: question to the coordinator; an OSError means: ask again.
+        uri: of the folder, for the coordinator's status.
+        committed: called with step and path after each commit, in the background thread.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        *,
+        ask: Callable[[int, str], Verdict],
+        uri: str,
+        committed: Callable[[int, Path], None],
+    ) -> None:
+        self._folder = folder
+        self._ask = ask
+        self._uri = uri.rstrip("/")
+        self._committed = committed
+        self._changed = threading.Condition()
+        self._waiting: _Draft | None = None
+        self._busy = False
+        self._verdict = Verdict(accepted=True)
+        self._failure: Exception | None = None
+        threading.Thread(target=self._run, name="committer", daemon=True).start()
+
+    def submit(self, step: int, draft: Path) -> None:
+        """Commit a complete draft as soon as the coordinator agrees.
+
+        Raises:
+            OSError: an earlier commit could not be written.
+        """
+        with self._changed:
+            if self._failure:
+                raise self._failure
+            if self._waiting:
+                shutil.rmtree(self._waiting.path)
+            self._waiting = _Draft(step, draft)
+            self._changed.notify_all()
+
+    def wait(self) -> Verdict:
+        """Wait until nothing is left to commit; the last answer.
+
+        Raises:
+            OSError: a commit could not be written.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._busy))
+            if self._failure:
+                raise self._failure
+            return self._verdict
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                draft, self._waiting, self._busy = self._waiting, None, True
+            assert draft is not None
+            try:
+                self._settle(draft)
+            except Exception as error:  # noqa: BLE001  (handed to the training thread)
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _settle(self, draft: _Draft) -> None:
+        verdict = self._answer(draft)
+        if verdict is None:
+            _log.warning("checkpoint of step %d is replaced before it was committed", draft.step)
+        elif verdict.accepted:
+            path = self._folder.commit(draft.path, draft.step)
+            self._committed(draft.step, path)
+        else:
+            _log.error("commit of step %d was refused: %s", draft.step, verdict.reason)
+        if verdict is None or not verdict.accepted:
+            shutil.rmtree(draft.path)
+        if verdict is not None:
+            self._verdict = verdict
+
+    def _answer(self, draft: _Draft) -> Verdict | None:
+        """The coordinator's answer; none when a newer draft came while it was away."""
+        for attempt in range(1 << 62):
+            try:
+                return self._ask(draft.step, f"{self._uri}/step-{draft.step}")
+            except OSError as error:
+                pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
+                _log.warning("no answer to the commit of step %d: %s", draft.step, error)
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._waiting, timeout=pause_s):
+                        return None
+        raise AssertionError

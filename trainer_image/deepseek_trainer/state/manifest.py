@@ -1,0 +1,93 @@
+"""manifest.json of a checkpoint: what the state is, and the size and sha256 of every file.
+
+PyTorch's distributed checkpoint loads flipped bits, zeroed regions and shards of two saves without an error; the manifest is
+what a load trusts.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from deepseek_trainer.data.corpus import sha256_of
+
+NAME: Final = "manifest.json"
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """One checkpoint.
+
+    All random numbers are functions of the seed and a position (weights by name, samples by index), so `rng` is the seed.
+    """
+
+    step: int
+    tokens: int
+    updates: int
+    generation: int
+    world: int
+    layout: dict[str, int]
+    data: dict[str, Any]
+    rng: dict[str, int]
+    loss_scale: dict[str, float]
+    config: str
+    architecture: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and sha256 of one file."""
+    return {"sizeBytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write(folder: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest last and make folder and file durable."""
+    path = folder / NAME
+    with path.open("w") as file:
+        json.dump(asdict(manifest), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or is of another format.
+    """
+    try:
+        record = json.loads((folder / NAME).read_text())
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']} is not {FORMAT}")
+        return CheckpointManifest(**record)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / NAME}: {error}") from error
+
+
+def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """What is wrong with the named files, one sentence each; empty when all are as the manifest says."""
+    found = []
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != files[name]["sizeBytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes, not {files[name]['sizeBytes']}")
+        elif sha256_of(path) != files[name]["sha256"]:
+            found.append(f"{name} has another sha256")
+    return found
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
