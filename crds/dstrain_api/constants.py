@@ -19,6 +19,9 @@ LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 # Environment of every worker pod, set by the operator.
 ENV_COORDINATOR: Final = "DSTRAIN_COORDINATOR"  # http(s)://host:port
 ENV_TOKEN: Final = "DSTRAIN_TOKEN"  # bearer token of this training
+ENV_CA_FILE: Final = (
+    "DSTRAIN_CA_FILE"  # PEM file of the coordinator's CA; the system's store if unset
+)
 ENV_TRAINING: Final = "DSTRAIN_TRAINING"  # name of the resource
 ENV_TRAINING_UID: Final = "DSTRAIN_TRAINING_UID"
 ENV_NAMESPACE: Final = "DSTRAIN_NAMESPACE"

@@ -1,0 +1,1 @@
+"""What lives in the torchrun process of a worker pod: rendezvous, beats, metrics, reports."""

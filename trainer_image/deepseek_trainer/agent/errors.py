@@ -1,0 +1,108 @@
+"""What a failed worker process has to say: from its exit code and the end of its stderr to one
+error report. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dstrain_api.constants import EXIT_RESTART
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, ErrorReport
+
+PEER_LOST = "peer-lost"  # fingerprint of an error that another worker's end has caused
+LAST_LINES = 5  # of stderr, where there is no traceback
+FRAMES = 3  # innermost ones in a fingerprint: the same bug through another caller is the same
+
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch puts it before a traceback
+_TRACEBACK = "Traceback (most recent call last):"
+_FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
+_EXCEPTION = re.compile(r"^([A-Za-z_][\w.]*)(:|$)", re.MULTILINE)
+# C++ warnings and the crash handler speak after the traceback.
+_NOISE = re.compile(r"^(\[rank\d+\]:)?\[[WEIF]\d{4} |^\s*warnings\.warn|^\S+\.py:\d+: \w*Warning: ")
+# gloo, NCCL and TCPStore, when the process at the other end has gone.
+_PEER = re.compile(
+    r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Connection was likely closed"
+    r"|Socket (closed|Timeout)|remote process exited|ncclRemoteError|failed to recv, got 0 bytes"
+    r"|Timed out waiting .*(recv|send) operation|DistNetworkError|Read (from|error) .*\[",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFailure:
+    """A worker process that ended badly; `exit_code` is negative for a signal."""
+
+    local_rank: int
+    exit_code: int
+    stderr: str = ""  # its end
+
+
+def report_of(failures: Sequence[WorkerFailure]) -> ErrorReport:
+    """One pod's failure: that of the process which failed first of its own accord.
+
+    Args:
+        failures: at least one, in the order in which they were noticed.
+    """
+    return min((error_of(f) for f in failures), key=_blame)
+
+
+def error_of(failure: WorkerFailure) -> ErrorReport:
+    """A failed process as an error report: the end of its traceback, where there is one."""
+    text = _told(failure.stderr)
+    if failure.exit_code < 0:
+        text = "\n".join(filter(None, (_signal_text(-failure.exit_code), text)))
+    text = text or f"exited with code {failure.exit_code} and wrote nothing to stderr"
+    return ErrorReport(
+        local_rank=failure.local_rank,
+        exit_code=failure.exit_code,
+        message=text[-ERROR_TEXT_LIMIT:],
+        fingerprint=_fingerprint(failure.exit_code, text),
+    )
+
+
+def _blame(error: ErrorReport) -> int:
+    """Smaller is more likely the cause: crashes, errors, then what follows from others' ends."""
+    if error.exit_code == EXIT_RESTART:
+        return 3
+    if error.exit_code < 0:
+        return 0
+    return 2 if error.fingerprint == PEER_LOST else 1
+
+
+def _told(stderr: str) -> str:
+    """The last traceback of a program's stderr, else its last lines."""
+    text = _RANK_PREFIX.sub("", stderr)
+    start = text.rfind(_TRACEBACK)
+    lines = [line for line in text[max(start, 0) :].splitlines() if line.strip()]
+    while lines and _NOISE.search(lines[-1]):
+        lines.pop()
+    return "\n".join(lines if start >= 0 else lines[-LAST_LINES:])
+
+
+def _fingerprint(exit_code: int, text: str) -> str:
+    start = text.rfind(_TRACEBACK)
+    if exit_code < 0:
+        return f"signal-{-exit_code}"
+    if start < 0:
+        return PEER_LOST if _PEER.search(text) else f"exit-{exit_code}"
+    traceback = text[start + len(_TRACEBACK) :]
+    raised = _EXCEPTION.search(traceback)
+    message = traceback[raised.start() :] if raised else ""
+    if _PEER.search(message):
+        return PEER_LOST
+    frames = _FRAME.findall(traceback)[-FRAMES:]
+    identity = repr((raised.group(1) if raised else "", frames))
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _signal_text(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        name = f"signal {number}"
+    hint = " (the kernel does this when memory runs out)" if number == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"

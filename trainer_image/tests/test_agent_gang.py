@@ -1,0 +1,288 @@
+"""Three pods' agents as torchrun starts them, a real coordinator on loopback, and faults.
+
+The policy is the plainest possible one (`Former`): what is shown here is the agent's part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from deepseek_operator.core.model import Membership, MemberView
+from deepseek_operator.runtime.coordinator import Coordinator
+from deepseek_operator.server import ServerThread, make_app
+from dstrain_api import constants as names
+
+UID = "training-uid"
+TOKEN = "secret"
+BEAT_S = 0.5
+SILENCE_S = 2.0
+PATIENCE_S = 90.0
+
+WORKER = """
+    import json, os, sys, time
+    import torch, torch.distributed as dist
+    from deepseek_trainer.reporting import report, report_done
+
+    folder, slot = sys.argv[1], os.environ["DSTRAIN_SLOT"]
+    dist.init_process_group("gloo")
+    rank, world, step = dist.get_rank(), dist.get_world_size(), 0
+    with open(f"{folder}/trace-{slot}", "a", buffering=1) as trace:
+        while True:
+            ones = torch.ones(1)
+            dist.all_reduce(ones)
+            step += 1
+            said = dict(at=time.time(), pid=os.getpid(), rank=rank, world=world, step=step,
+                        generation=int(os.environ["DSTRAIN_GENERATION"]), sum=ones.item())
+            trace.write(json.dumps(said) + "\\n")
+            report(step=step, tokens=step * 100, step_seconds=0.02, resumed_step=0)
+            if os.path.exists(f"{folder}/raise-{slot}"):
+                os.unlink(f"{folder}/raise-{slot}")
+                raise ValueError(f"slot {slot} met a bad sample")
+            stop = torch.tensor(float(os.path.exists(f"{folder}/finish")))
+            dist.all_reduce(stop)
+            if stop:
+                break
+            time.sleep(0.02)
+    report_done()
+"""
+
+
+class Former(threading.Thread):
+    """Forms a generation when all wanted pods wait; ends it when a member asks or is silent."""
+
+    def __init__(self, coordinator: Coordinator, wanted: int, generation: int = 0) -> None:
+        super().__init__(daemon=True)
+        self.coordinator = coordinator
+        self.wanted = wanted
+        self.generation = generation
+        self.stopped = False
+
+    def run(self) -> None:
+        while not self.stopped:
+            self.look()
+            time.sleep(0.02)
+
+    def look(self) -> None:
+        seen = self.coordinator.snapshot(UID)
+        if seen.membership:
+            members = [m for m in seen.members if m.pod_uid in seen.membership.pod_uids]
+            silent = any(m.silent_s > SILENCE_S for m in members)
+            lost = len(members) < len(seen.membership.pod_uids)
+            resized = len(members) != self.wanted
+            if (seen.over or silent or lost or resized) and not seen.done:
+                self.coordinator.end(UID, seen.membership.generation)
+            return
+        waiting = [m for m in seen.members if m.state == "joining" and m.silent_s < SILENCE_S]
+        if len(waiting) == self.wanted:
+            self.form(sorted(waiting, key=lambda m: m.slot))
+
+    def form(self, members: list[MemberView]) -> None:
+        self.generation += 1
+        head = members[0]
+        pods = tuple(m.pod_uid for m in members)
+        self.coordinator.publish(
+            UID,
+            Membership(
+                generation=self.generation,
+                pod_uids=pods,
+                master_address=head.address,
+                master_port=head.port,
+            ),
+        )
+
+
+class Gang:
+    """Agents, by slot, with everything that they write in one folder."""
+
+    def __init__(self, folder: Path, slots: int) -> None:
+        self.folder = folder
+        self.worker = folder / "worker.py"
+        self.worker.write_text(textwrap.dedent(WORKER))
+        self.agents: dict[int, subprocess.Popen[bytes]] = {}
+        self.started = 0
+        self.port = 0
+        self.up(slots, generation=0)
+        for slot in range(slots):
+            self.start(slot)
+
+    def up(self, wanted: int, generation: int) -> None:
+        """A coordinator that has just started, on the same port as the one before."""
+        self.coordinator = Coordinator(clock=time.time)
+        self.coordinator.register(UID, generation=generation, token=TOKEN, silence_s=SILENCE_S)
+        self.server = ServerThread(make_app(self.coordinator), port=self.port)
+        self.port = self.server.port
+        self.server.start()
+        self.former = Former(self.coordinator, wanted, generation)
+        self.former.start()
+
+    def down(self) -> None:
+        self.former.stopped = True
+        self.former.join()
+        self.server.stop()
+
+    def start(self, slot: int) -> None:
+        self.started += 1
+        environment = {
+            names.ENV_COORDINATOR: f"http://127.0.0.1:{self.port}",
+            names.ENV_TOKEN: TOKEN,
+            names.ENV_TRAINING: "gang",
+            names.ENV_TRAINING_UID: UID,
+            names.ENV_POD: f"gang-{slot}-{self.started}",
+            names.ENV_POD_UID: f"pod-{slot}-{self.started}",
+            names.ENV_POD_IP: "127.0.0.1",
+            names.ENV_SLOT: str(slot),
+            names.ENV_BEAT_INTERVAL: str(BEAT_S),
+            names.ENV_METRICS_PORT: "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / f"log-{slot}").open("ab") as log:
+            self.agents[slot] = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run"),
+                    *("--rdzv-backend=dstrain", "--logs-specs=dstrain", f"--rdzv-id={UID}"),
+                    *("--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=1000000"),
+                    *("--monitor-interval=0.1", str(self.worker), str(self.folder)),
+                ],
+                env=os.environ | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def last(self, slot: int) -> dict[str, float]:
+        trace = self.folder / f"trace-{slot}"
+        lines = trace.read_text().splitlines() if trace.exists() else []
+        return json.loads(lines[-1]) if lines else {"generation": 0, "step": 0, "pid": 0}
+
+    def log(self, slot: int) -> str:
+        return (self.folder / f"log-{slot}").read_text()
+
+    def kill_pod(self, slot: int) -> None:
+        """What a dead container leaves: neither agent nor worker."""
+        worker = int(self.last(slot)["pid"])
+        self.agents[slot].kill()
+        os.killpg(worker, signal.SIGKILL)
+        self.agents[slot].wait()
+
+    def steps(self, generation: int, slots: tuple[int, ...] = (0, 1, 2)) -> None:
+        """Wait until these slots step in a generation of at least this number."""
+        wait_for(
+            lambda: all(self.last(slot)["generation"] >= generation for slot in slots),
+            lambda: "\n".join(self.log(slot)[-3000:] for slot in slots),
+        )
+
+    def close(self) -> None:
+        for slot, agent in self.agents.items():
+            if agent.poll() is None:
+                self.kill_pod(slot)
+        self.down()
+
+
+def wait_for(holds: Callable[[], object], tell: Callable[[], str]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline_s, tell()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    made = Gang(tmp_path_factory.mktemp("gang"), slots=3)
+    yield made
+    made.close()
+
+
+def test_three_pods_form_a_generation_in_the_order_of_their_slots(gang: Gang) -> None:
+    gang.steps(generation=1)
+    said = [gang.last(slot) for slot in range(3)]
+    assert [(s["rank"], s["world"], s["sum"]) for s in said] == [(0, 3, 3), (1, 3, 3), (2, 3, 3)]
+
+
+def test_progress_of_rank_zero_reaches_the_coordinator(gang: Gang) -> None:
+    gang.steps(generation=1)
+    wait_for(lambda: gang.coordinator.snapshot(UID).progress, lambda: gang.log(0))
+    progress = gang.coordinator.snapshot(UID).progress
+    assert progress
+    assert (progress.tokens, progress.resumed_step) == (progress.step * 100, 0)
+
+
+def test_a_killed_worker_costs_a_generation_and_no_pod(
+    gang: Gang, record_property: Callable[[str, object], None]
+) -> None:
+    gang.steps(generation=1)
+    before, pods = gang.former.generation, [a.pid for a in gang.agents.values()]
+    killed_at_s = time.time()
+    os.kill(int(gang.last(1)["pid"]), signal.SIGKILL)
+    wait_for(lambda: gang.coordinator.snapshot(UID).errors, lambda: gang.log(1))
+    errors = gang.coordinator.snapshot(UID).errors
+    gang.steps(before + 1)
+    record_property("seconds_to_next_step", gang.last(0)["at"] - killed_at_s)
+    assert [(e.pod, e.exit_code) for e in errors] == [("gang-1-2", -signal.SIGKILL)]
+    assert [a.pid for a in gang.agents.values()] == pods
+
+
+def test_a_script_that_raises_is_reported_with_its_traceback_and_its_peers_are_not(
+    gang: Gang,
+) -> None:
+    gang.steps(generation=1)
+    before = gang.former.generation
+    (gang.folder / "raise-2").touch()
+    wait_for(
+        lambda: [e for e in gang.coordinator.snapshot(UID).errors if e.generation == before],
+        lambda: gang.log(2),
+    )
+    errors = gang.coordinator.snapshot(UID).errors
+    gang.steps(before + 1)
+    assert [e.pod for e in errors] == ["gang-2-3"]
+    assert errors[0].message.startswith("Traceback (most recent call last):")
+    assert errors[0].message.endswith("ValueError: slot 2 met a bad sample")
+    assert "ValueError: slot 2 met a bad sample" in gang.log(2)  # it is in the pod's log as well
+
+
+def test_a_coordinator_that_starts_anew_stops_no_step(gang: Gang) -> None:
+    gang.steps(generation=1)
+    before = gang.former.generation
+    gang.down()
+    paused = gang.last(0)["step"]
+    wait_for(lambda: gang.last(0)["step"] > paused + 20, lambda: gang.log(0))
+    gang.up(wanted=3, generation=before)
+    wait_for(lambda: gang.coordinator.snapshot(UID).membership, lambda: gang.log(0))
+    wait_for(lambda: gang.coordinator.snapshot(UID).progress, lambda: gang.log(0))
+    resumed = gang.last(0)
+    assert (resumed["generation"], resumed["step"] > paused) == (before, True)
+
+
+def test_a_lost_pod_is_replaced_and_the_others_stay(gang: Gang) -> None:
+    gang.steps(generation=1)
+    before, pods = gang.former.generation, [gang.agents[slot].pid for slot in (1, 2)]
+    gang.former.wanted = 2
+    gang.kill_pod(0)
+    gang.steps(before + 1, slots=(1, 2))
+    smaller = gang.last(1)
+    gang.start(0)
+    gang.former.wanted = 3
+    gang.steps(int(smaller["generation"]) + 1)
+    assert (smaller["rank"], smaller["world"]) == (0, 2)
+    assert gang.last(0)["world"] == 3
+    assert [gang.agents[slot].pid for slot in (1, 2)] == pods
+
+
+def test_a_finished_gang_exits_with_zero_and_says_so(gang: Gang) -> None:
+    gang.steps(generation=1)
+    (gang.folder / "finish").touch()
+    codes = [agent.wait(PATIENCE_S) for agent in gang.agents.values()]
+    seen = gang.coordinator.snapshot(UID)
+    assert codes == [0, 0, 0], gang.log(0)
+    assert seen.done
+    assert {m.state for m in seen.members if not m.pod.endswith("-0-1")} == {"done"}
