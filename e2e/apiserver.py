@@ -1,4 +1,4 @@
-"""An API server alone: etcd and kube-apiserver on free loopback ports, without root and without nodes.
+"""An API server alone: etcd and kube-apiserver on free loopback ports, without root or nodes.
 
 What only asks what the API server accepts starts in seconds here and needs no cluster.
 """

@@ -18,7 +18,7 @@ LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 
 # Environment of every worker pod, set by the operator.
 ENV_COORDINATOR: Final = "DSTRAIN_COORDINATOR"  # http(s)://host:port
-ENV_TOKEN: Final = "DSTRAIN_TOKEN"  # bearer token of this training
+ENV_TOKEN: Final = "DSTRAIN_TOKEN"  # noqa: S105 - bearer token of this training
 ENV_CA_FILE: Final = (
     "DSTRAIN_CA_FILE"  # PEM file of the coordinator's CA; the system's store if unset
 )
@@ -47,5 +47,6 @@ VOLUME_ROOT: Final = (
     "/mnt/dstrain"  # pvc://claim/path is seen by the trainer at VOLUME_ROOT/claim/path
 )
 
-# A worker process that saved because a peer was told to stop exits with this code (EX_TEMPFAIL): start it again.
+# A worker process that saved because a peer was told to stop exits with this code (EX_TEMPFAIL):
+# start it again.
 EXIT_RESTART: Final = 75

@@ -113,7 +113,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="moe-groups",
         field="model.overrides.moe.groups",
-        when=("knownPreset",),
+        when=("knownPreset", "positiveGroups"),
         cel="{experts} % {groups} == 0",
         holds=lambda v: v["experts"] % v["groups"] == 0,
         message="{experts} experts cannot be split into {groups} equal groups; "
@@ -131,7 +131,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="moe-experts-in-reach",
         field="model.overrides.moe.limitedGroups",
-        when=("knownPreset",),
+        when=("knownPreset", "positiveGroups", "groupsFit"),
         cel="{topK} <= {experts} / {groups} * {limitedGroups}",
         holds=lambda v: v["topK"] <= v["experts"] // v["groups"] * v["limitedGroups"],
         message="a token may visit {limitedGroups} of {groups} groups, which hold fewer than topK "
@@ -157,7 +157,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="heads-by-tensor",
         field="parallelism.tensor",
-        when=("knownPreset",),
+        when=("knownPreset", "positiveSizes"),
         cel="{heads} % {tensor} == 0",
         holds=lambda v: v["heads"] % v["tensor"] == 0,
         message="the model's {heads} heads cannot be split over tensor {tensor}; "
@@ -174,7 +174,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="ranks-by-parallelism",
         field="workers.replicas",
-        when=("trainer",),
+        when=("trainer", "positiveSizes"),
         cel="{ranks} % ({tensor} * {dataReplicate}) == 0",
         holds=lambda v: v["ranks"] % (v["tensor"] * v["dataReplicate"]) == 0,
         message="replicas {replicas} x processesPerWorker {processes} = {ranks} ranks cannot be "
@@ -195,7 +195,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="batch-by-ranks",
         field="training.globalBatch",
-        when=("trainer",),
+        when=("trainer", "positiveSizes"),
         cel="{globalBatch} * {tensor} % ({microBatch} * {ranks}) == 0",
         holds=lambda v: v["globalBatch"] * v["tensor"] % (v["microBatch"] * v["ranks"]) == 0,
         message="globalBatch {globalBatch} is no multiple of microBatch {microBatch} x "
@@ -214,7 +214,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         name="elastic-replicas",
         field="workers.replicas",
-        when=("elastic",),
+        when=("elastic", "boundsInOrder"),
         cel="{replicas} >= {minReplicas} && {replicas} <= {maxReplicas}",
         holds=lambda v: v["minReplicas"] <= v["replicas"] <= v["maxReplicas"],
         message="replicas {replicas} must be from elastic.minReplicas {minReplicas} to maxReplicas "

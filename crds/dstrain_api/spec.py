@@ -219,7 +219,7 @@ class CheckpointSpec(ApiModel):
 class BudgetSpec(ApiModel):
     """How many failures of one class are repaired."""
 
-    max: int = Field(ge=0, le=100_000, description="Failures within the window; one more fails the training. Required. Example: 3.")
+    max: int = Field(ge=0, le=1000, description="Failures within the window; one more fails the training. Required. Example: 3.")
     window: Duration = Field(description="Length of the sliding window. Required. Example: 1h.")
 
 

@@ -121,6 +121,11 @@ def _all_given(*parts: str) -> Term:
     return Term(" && ".join(t.cel for t in terms), lambda spec: all(t.value(spec) for t in terms))
 
 
+def _groups_fit(spec: DeepSeekTrainingSpec) -> bool:
+    experts, groups, top_k = (t.value(spec) for t in (_EXPERTS, _GROUPS, _TOP_K))
+    return bool(experts % groups == 0 and top_k <= experts)
+
+
 _REPLICAS = _field("workers.replicas")
 _GPUS = _field("workers.gpus_per_worker")
 _PROCESSES = Term(
@@ -132,6 +137,13 @@ _RANKS = Term(
     f"({_REPLICAS.cel} * {_PROCESSES.cel})",
     lambda spec: spec.workers.replicas * spec.workers.processes_per_worker,
 )
+_REPLICATE = _field("parallelism.data_replicate")
+_MICRO_BATCH = _field("training.micro_batch")
+_EXPERTS = _dimension("moe.experts")
+_TOP_K = _dimension("moe.top_k")
+_GROUPS = _dimension("moe.groups")
+_MIN = _field("elastic.min_replicas")
+_MAX = _field("elastic.max_replicas")
 _DATA_SHARD = _field("parallelism.data_shard")
 _HEARTBEAT = _field("recovery.heartbeat_timeout")
 
@@ -157,6 +169,14 @@ TERMS: Final[Mapping[str, Term]] = {
         f"type({_DATA_SHARD.cel}) == int",
         lambda spec: spec.parallelism is not None and spec.parallelism.data_shard != "auto",
     ),
+    # What single fields already refuse must not make a rule fail in another way, such as x % 0.
+    "positiveSizes": Term(
+        " && ".join(
+            f"{term.cel} > 0" for term in (_REPLICAS, _PROCESSES, _TENSOR, _REPLICATE, _MICRO_BATCH)
+        ),
+        lambda _: True,
+    ),
+    "positiveGroups": Term(f"{_GROUPS.cel} > 0", lambda _: True),
     "durationHeartbeat": Term(
         f"{_HEARTBEAT.cel}.matches({literal(DURATION_PATTERN)})", lambda _: True
     ),
@@ -165,24 +185,31 @@ TERMS: Final[Mapping[str, Term]] = {
     "denseLayers": _dimension("dense_layers"),
     "heads": _dimension("heads"),
     "ropeDim": _dimension("mla.rope_dim"),
-    "experts": _dimension("moe.experts"),
-    "topK": _dimension("moe.top_k"),
-    "groups": _dimension("moe.groups"),
+    "experts": _EXPERTS,
+    "topK": _TOP_K,
+    "groups": _GROUPS,
     "limitedGroups": _dimension("moe.limited_groups"),
+    "groupsFit": Term(
+        f"{_EXPERTS.cel} % {_GROUPS.cel} == 0 && {_TOP_K.cel} <= {_EXPERTS.cel}", _groups_fit
+    ),
     # Sizes of the gang and of the batch.
     "replicas": _REPLICAS,
     "gpus": _GPUS,
     "processes": _PROCESSES,
     "ranks": _RANKS,
     "tensor": _TENSOR,
-    "dataReplicate": _field("parallelism.data_replicate"),
+    "dataReplicate": _REPLICATE,
     "dataShard": Term(
         _DATA_SHARD.cel,
         lambda spec: spec.parallelism.data_shard if spec.parallelism else "auto",
     ),
     "globalBatch": _field("training.global_batch"),
-    "microBatch": _field("training.micro_batch"),
-    "minReplicas": _field("elastic.min_replicas"),
-    "maxReplicas": _field("elastic.max_replicas"),
+    "microBatch": _MICRO_BATCH,
+    "minReplicas": _MIN,
+    "maxReplicas": _MAX,
+    "boundsInOrder": Term(
+        f"{_MIN.cel} <= {_MAX.cel}",
+        lambda spec: bool(_MIN.value(spec) <= _MAX.value(spec)),
+    ),
     "heartbeatTimeout": _HEARTBEAT,
 }

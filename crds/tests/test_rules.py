@@ -36,7 +36,7 @@ def well_typed(spec: dict[str, Any]) -> bool:
     return True
 
 
-def by_name(kind: str) -> Any:
+def by_name(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [pytest.param(c, id=c["name"]) for c in CASES[kind]])
 
 
