@@ -31,6 +31,8 @@ from e2e.clusters.shell import ClusterError, run
 PAUSE_IMAGE = "localhost/dstrain/pause:1"
 IMPORT_TIMEOUT_S = 900
 MUCH_BYTES = 200_000_000
+# A file of ours in the seed's folder, so that both change in one rename.
+SEEDED = "dstrain-images.json"
 
 
 def copy_seed(containerd_root: Path) -> None:
@@ -78,8 +80,17 @@ class _Store:
     def seed(self) -> Path:
         return self.folder / "seed"
 
+    def seeded(self) -> dict[str, str]:
+        """Identity of the image behind each name that the seed holds."""
+        record = self.seed / SEEDED
+        return dict(json.loads(record.read_text())) if record.exists() else {}
+
     def update(self, name: str) -> None:
         """Put buildah's image `name` into layout and seed, in place of its repository's others."""
+        identity = _listed()[name]
+        seeded = self.seeded()
+        if seeded.get(name) == identity:
+            return
         # Uncompressed: nothing travels further than this disk, and gzip would take minutes for
         # torch. A blob that the layout has is not written again. (`buildah push` always
         # compresses for a layout, whatever its --disable-compression says.)
@@ -95,10 +106,12 @@ class _Store:
             _link_copy(self.seed, work / "containerd")
         socket = _start_containerd(work)
         _import(self.layout, name, socket)
-        held = _replace_older(name, socket)
+        kept = _remove_older(name, socket)
         kill_all(lambda pid: is_daemon(pid, work))
-        _forget_all_but(held, self.layout)
+        _forget_all_but(kept, self.layout)
         _share_blobs(self.layout, work / "containerd")
+        seeded = {n: i for n, i in {**seeded, name: identity}.items() if n in kept}
+        (work / "containerd" / SEEDED).write_text(json.dumps(seeded))
         if self.seed.exists():
             shutil.rmtree(self.seed)
         (work / "containerd").rename(self.seed)
@@ -115,7 +128,7 @@ def _locked(mode: int) -> Iterator[_Store]:
         yield store
 
 
-def _replace_older(name: str, socket: Path) -> set[str]:
+def _remove_older(name: str, socket: Path) -> set[str]:
     """Remove the other tags of the image's repository; the names that remain."""
     ctr = _ctr(socket)
     names = set(run(*ctr, "images", "ls", "--quiet").split())
@@ -265,7 +278,7 @@ def _remove_containerd(work: Path) -> None:
 
 def _full_name(image: str) -> str:
     """The name under which buildah keeps an image, e.g. localhost/x:latest for x."""
-    names = {name for listed in _listed() for name in listed.get("names") or []}
+    names = _listed()
     for name in (image, f"{image}:latest", f"localhost/{image}", f"localhost/{image}:latest"):
         if name in names:
             return name
@@ -275,14 +288,17 @@ def _full_name(image: str) -> str:
 def _unpack_archive(archive: Path) -> str:
     """Put a docker-archive into buildah's store; the name it has there."""
     image = run("buildah", "pull", "--quiet", f"docker-archive:{archive}", timeout_s=600).strip()
-    for listed in _listed():
-        if image.startswith(listed["id"]) and listed.get("names"):
-            return str(listed["names"][0])
+    for name, identity in _listed().items():
+        if identity == image:
+            return name
     raise ClusterError(f"the image in {archive} has no name: save it with one")
 
 
-def _listed() -> list[dict[str, Any]]:
-    return list(json.loads(run("buildah", "images", "--json")))
+def _listed() -> dict[str, str]:
+    """Identity of the image behind each name that buildah keeps."""
+    images = json.loads(run("buildah", "images", "--json", "--no-trunc"))
+    identities = {i["id"].removeprefix("sha256:"): i.get("names") or [] for i in images}
+    return {name: identity for identity, names in identities.items() for name in names}
 
 
 def _build_pause_image() -> None:
