@@ -54,7 +54,12 @@ bench: .venv/installed-dev  ## side-by-side figures of this machine
 	$(BIN)/python -m benchmarks
 
 generate: .venv/installed-dev  ## everything that is made from code: CRD, reference pages, dashboards
-	$(BIN)/python -m tools.generate
+	$(BIN)/python -m dstrain_api.schema > crds/deepseektrainings.yaml
+	cp crds/deepseektrainings.yaml charts/deepseek-operator/files/
+	$(BIN)/python -m dstrain_api.reference > docs/reference/deepseektraining.md
+	$(BIN)/python -m dashboards.generate
+	cp dashboards/json/*.json charts/deepseek-operator/files/dashboards/
+	$(BIN)/python -m deepseek_trainer.data.mini
 
 clean:  ## remove the environment and all caches of this checkout
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs

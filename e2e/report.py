@@ -1,4 +1,4 @@
-"""What a run took: times with names, and the machine they were taken on, as JSON and as text."""
+"""What a run took and showed: times and outputs with names, and the machine they come from."""
 
 from __future__ import annotations
 
@@ -58,10 +58,15 @@ class Report:
         self.name = name
         self.started_at = datetime.now(UTC)
         self.timings: list[Timing] = []
+        self.outputs: dict[str, str] = {}
 
     def time(self, name: str, seconds: float) -> None:
         """Note a duration that was measured elsewhere."""
         self.timings.append(Timing(name, seconds))
+
+    def text(self, name: str, output: str) -> None:
+        """Keep what a command printed, as a person would see it."""
+        self.outputs[name] = output
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -81,6 +86,7 @@ class Report:
             "startedAt": self.started_at.isoformat(timespec="seconds"),
             "machine": asdict(this_machine()),
             "timings": [{**asdict(t), "seconds": round(t.seconds, 3)} for t in self.timings],
+            "outputs": self.outputs,
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -98,6 +104,8 @@ class Report:
                 for t in self.timings
             ),
         ]
+        for name, output in self.outputs.items():
+            lines += ["", f"--- {name}", output.rstrip()]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
