@@ -1,7 +1,7 @@
 """Model FLOPs and what share of the hardware's peak they are.
 
-Formula: 6 x matmul parameters that a token visits, plus causal attention, forward and backward. Recomputation is not
-counted, nor the embedding, which multiplies nothing.
+Formula: 6 x matmul parameters that a token visits, plus causal attention, forward and backward.
+Recomputation is not counted, nor the embedding, which multiplies nothing.
 """
 
 from typing import Final
@@ -9,7 +9,8 @@ from typing import Final
 import torch
 from dstrain_api.model import Architecture
 
-# Dense bf16 and fp16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of the device's name.
+# Dense bf16 and fp16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of the
+# device's name.
 PEAK_FLOPS: Final = (
     ("B200", 2.25e15),
     ("GH200", 9.89e14),
@@ -48,7 +49,7 @@ def active_parameters(a: Architecture) -> int:
 
 
 def flops_per_token(a: Architecture, sequence_length: int) -> float:
-    """FLOPs of one token, forward and backward; a token attends to half of the sequence on average."""
+    """FLOPs of one token, forward and backward; it attends to half of the sequence on average."""
     width = a.heads * (a.mla.nope_dim + a.mla.rope_dim + a.mla.v_dim)
     return 6.0 * active_parameters(a) + 3.0 * a.layers * width * sequence_length
 

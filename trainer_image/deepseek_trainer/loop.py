@@ -88,8 +88,9 @@ class Trainer:
         layout = plan_layout(config.parallelism, dist.get_world_size(), config.architecture)
         if training.global_batch % layout.data:
             raise ValueError(
-                f"training.globalBatch {training.global_batch} must be a multiple of the {layout.data} data-parallel "
-                "ranks (workers.replicas x workers.processesPerWorker / parallelism.tensor): change one of them"
+                f"training.globalBatch {training.global_batch} must be a multiple of the "
+                f"{layout.data} data-parallel ranks (workers.replicas x workers.processesPerWorker "
+                "/ parallelism.tensor): change one of them"
             )
         self.mesh = mesh = make_mesh(layout, device)
         self.stream = Stream(
@@ -135,7 +136,9 @@ class Trainer:
         return 0
 
     def step(self, progress: Progress) -> StepTotals:
-        """One optimizer step over one global batch; `progress` moves on, whether it is taken or skipped."""
+        """One optimizer step over one global batch; `progress` moves on, whether it is taken or
+        skipped.
+        """
         loss_sum = self.accumulate(progress)
         mixtures = self.model.mixtures
         totals = reduce_totals(
@@ -160,8 +163,8 @@ class Trainer:
                 mixture.expert_bias.copy_(moved_bias(mixture.expert_bias, load_e, speed))
         elif self.config.optimizer.on_non_finite == "stop" and scale == 1.0:
             raise NonFiniteGradient(
-                f"step {progress.step}: the gradient is not finite; lower optimizer.lr, or set optimizer.onNonFinite "
-                "to skip"
+                f"step {progress.step}: the gradient is not finite; lower optimizer.lr, or set "
+                "optimizer.onNonFinite to skip"
             )
         self.optimizer.drop_gradients()
         for mixture in mixtures:
@@ -172,7 +175,8 @@ class Trainer:
         return totals
 
     def accumulate(self, progress: Progress) -> torch.Tensor:
-        """Forward and backward over this rank's samples; gradients are summed over ranks in the last micro-batch.
+        """Forward and backward over this rank's samples; gradients are summed over ranks in the
+        last micro-batch.
 
         Returns:
             The loss over this rank's samples, in nats, fp32 scalar.

@@ -1,8 +1,10 @@
-"""What a training process tells its pod's agent: JSON datagrams on a local socket. No torch, no waiting, no errors.
+"""What a training process tells its pod's agent: JSON datagrams on a local socket. No torch, no
+waiting, no errors.
 
-    {"localRank": 0, "rankStep": 12}                                  every rank
-    {"localRank": 0, "rankStep": 12, "progress": {...}, "metrics": {...}}   rank 0; progress as protocol.ProgressReport
-    {"localRank": 0, "done": true}                                    every rank, after the last commit
+    {"localRank": 0, "rankStep": 12}     every rank
+    {..., "progress": {...}}             rank 0: a protocol.ProgressReport
+    {"localRank": 0, "metrics": {...}}   rank 0: figures by their names in dstrain_api.metrics
+    {"localRank": 0, "done": true}       every rank, after the last commit
 
 A figure that cannot be delivered at once is dropped: the next one replaces it.
 """
@@ -28,7 +30,8 @@ def report(
     resumed_step: int | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
-    """Say how far this process is. Any program that torchrun starts may call it after a step, on every rank.
+    """Say how far this process is. Any program that torchrun starts may call it after a step, on
+    every rank.
 
     Args:
         step: last finished optimizer step.

@@ -2,7 +2,8 @@
 
     <folder>/manifest.json
     <folder>/tokenizer.json        the tokenizer the ids belong to
-    <folder>/shard-00000.bin       little-endian uint16 (vocabulary <= 65536) or uint32, documents joined by an end token
+    <folder>/shard-00000.bin       little-endian uint16 (vocabulary <= 65536) or uint32;
+                                   every document ends with the end token
 
 Every worker maps the same files; nothing is read before it is used.
 """
@@ -83,10 +84,12 @@ class Manifest:
 
 
 class Corpus:
-    """A prepared corpus cut into samples of `sequence_length` + 1 tokens; neighbours share one token.
+    """A prepared corpus cut into samples of `sequence_length` + 1 tokens; neighbours share one
+    token.
 
     Raises:
-        ValueError: no corpus in the folder, a shard of another size than the manifest says, or too few tokens.
+        ValueError: no corpus in the folder, a shard of another size than the manifest says, or too
+            few tokens.
     """
 
     def __init__(self, folder: Path, sequence_length: int) -> None:
@@ -97,8 +100,8 @@ class Corpus:
             found = (folder / shard.file).stat().st_size
             if found != shard.size_bytes:
                 raise ValueError(
-                    f"{folder / shard.file} has {found} bytes, its manifest says {shard.size_bytes}: "
-                    "copy or prepare the corpus again"
+                    f"{folder / shard.file} has {found} bytes, its manifest says "
+                    f"{shard.size_bytes}: copy or prepare the corpus again"
                 )
         self.samples = (self.manifest.tokens - 1) // sequence_length
         if self.samples < 1:
@@ -143,7 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.from_json(path.read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} is no prepared corpus ({MANIFEST} is missing): run `dstrain data prepare` on its text"
+            f"{folder} is no prepared corpus ({MANIFEST} is missing): run `dstrain data prepare` "
+            "on its text"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -153,7 +157,8 @@ def resolve(uri: str) -> Path:
     """Path of a `file:///` or `builtin://` URI.
 
     Raises:
-        ValueError: another scheme (a `pvc://` is made a path by whoever starts the worker), or no such built-in corpus.
+        ValueError: another scheme (a `pvc://` is made a path by whoever starts the worker), or no
+            such built-in corpus.
     """
     parts = urlparse(uri)
     if parts.scheme == "file":
@@ -178,14 +183,16 @@ def open_corpora(
     """The corpora of a training, checked against its tokenizer and its model's vocabulary.
 
     Raises:
-        ValueError: a corpus is missing, was made with another tokenizer, or has ids the model has no embedding for.
+        ValueError: a corpus is missing, was made with another tokenizer, or has ids the model has
+            no embedding for.
     """
     expected = sha256_of(tokenizer_path(tokenizer))
     corpora = [Corpus(resolve(uri), sequence_length) for uri in uris]
     for uri, corpus in zip(uris, corpora, strict=True):
         if corpus.manifest.tokenizer != expected:
             raise ValueError(
-                f"data.sources: {uri} was prepared with another tokenizer than data.tokenizer {tokenizer}"
+                f"data.sources: {uri} was prepared with another tokenizer than data.tokenizer "
+                f"{tokenizer}"
             )
         if corpus.manifest.vocabulary > vocabulary:
             raise ValueError(

@@ -35,7 +35,8 @@ def prepare(
     """Turn text into a prepared corpus.
 
     Args:
-        inputs: UTF-8 files (one document each; of a `.jsonl`, the field `text` of every line) or folders of such files.
+        inputs: UTF-8 files (one document each; of a `.jsonl`, the field `text` of every line) or
+            folders of such files.
         output: folder to make; it appears only when it is complete.
         tokenizer: a tokenizer.json to use; without one a byte-level BPE is trained on the inputs.
         vocabulary: entries of the tokenizer that is trained.
@@ -45,7 +46,8 @@ def prepare(
         The manifest, as written to `output`.
 
     Raises:
-        ValueError: no input, an output that exists, a tokenizer without an end-of-text token, text that is not UTF-8.
+        ValueError: no input, an output that exists, a tokenizer without an end-of-text token, text
+            that is not UTF-8.
     """
     files = list(_files(inputs))
     if not files:

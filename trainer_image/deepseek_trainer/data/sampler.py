@@ -1,8 +1,10 @@
-"""Which samples a step reads: a pure function of the seed and the position, never of the number of workers.
+"""Which samples a step reads: a pure function of the seed and the position, never of the number of
+workers.
 
-The training reads an endless stream of positions 0, 1, 2 ... A step consumes [position, position + global batch). With
-several sources, positions are cut into blocks in which every source has its share, in a shuffled order. Inside a source
-each pass is a new permutation, computed per index, so nothing is stored and nothing has to be replayed on resume.
+The training reads an endless stream of positions 0, 1, 2 ... A step consumes [position, position +
+global batch). With several sources, positions are cut into blocks in which every source has its
+share, in a shuffled order. Inside a source each pass is a new permutation, computed per index, so
+nothing is stored and nothing has to be replayed on resume.
 """
 
 import hashlib
@@ -66,13 +68,14 @@ class Stream:
         """
         if state.fingerprint != self.fingerprint:
             raise ValueError(
-                "the checkpoint was made with other data (sources, weights, tokenizer or sequenceLength): "
-                "restore them, or point checkpoint.uri to an empty folder to start again"
+                "the checkpoint was made with other data (sources, weights, tokenizer or "
+                "sequenceLength): restore them, or point checkpoint.uri to an empty folder to "
+                "start again"
             )
         if state.seed != self.seed:
             raise ValueError(
-                f"the checkpoint was made with training.seed {state.seed}, not {self.seed}: restore it, "
-                "or point checkpoint.uri to an empty folder to start again"
+                f"the checkpoint was made with training.seed {state.seed}, not {self.seed}: "
+                "restore it, or point checkpoint.uri to an empty folder to start again"
             )
         return state.epoch * self.samples_per_epoch + state.cursor
 
@@ -95,7 +98,9 @@ class Stream:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Positions of each source in a block of `BLOCK`, by largest remainder; every source has at least one."""
+    """Positions of each source in a block of `BLOCK`, by largest remainder; every source has at
+    least one.
+    """
     exact = [weight / sum(weights) * BLOCK for weight in weights]
     counts = [max(1, int(share)) for share in exact]
     by_need = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
@@ -109,8 +114,9 @@ def shares(weights: Sequence[float]) -> list[int]:
 def permute(index: int, size: int, key: str) -> int:
     """Image of `index` under a pseudo-random permutation of range(size).
 
-    A balanced Feistel network over the next power of four, walked until it falls into the range (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002): constant memory, and expected at most four rounds of walking.
+    A balanced Feistel network over the next power of four, walked until it falls into the range
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): constant memory, and
+    expected at most four rounds of walking.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1

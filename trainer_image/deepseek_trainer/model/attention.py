@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-Shapes: B batch, T sequence, D hidden width, H heads of this rank, Q query rank, K key-value rank, N channels without
-position, R rotary channels, V value channels.
+Shapes: B batch, T sequence, D hidden width, H heads of this rank, Q query rank, K key-value rank, N
+channels without position, R rotary channels, V value channels.
 """
 
 import torch
@@ -15,9 +15,11 @@ from deepseek_trainer.parallel.tensor import enter, leave, local
 
 
 class LatentAttention(nn.Module):
-    """Causal attention with compressed queries, keys and values; heads are split over the tensor group.
+    """Causal attention with compressed queries, keys and values; heads are split over the tensor
+    group.
 
-    The compressions are small and computed by every rank of the group; only they are summed in backward.
+    The compressions are small and computed by every rank of the group; only they are summed in
+    backward.
     """
 
     def __init__(self, a: Architecture, group: ProcessGroup | None) -> None:

@@ -23,23 +23,24 @@ class Block(nn.Module):
         self.attention_norm = RmsNorm(a.hidden)
         self.attention = LatentAttention(a, group)
         self.ffn_norm = RmsNorm(a.hidden)
-        self.ffn = FeedForward(a.hidden, a.dense_ffn, group) if dense else None
-        self.moe = None if dense else MixtureOfExperts(a, group)
+        self.ffn: FeedForward | MixtureOfExperts = (
+            FeedForward(a.hidden, a.dense_ffn, group) if dense else MixtureOfExperts(a, group)
+        )
 
     def forward(
         self, x_btd: torch.Tensor, rotary: torch.Tensor, balance_factor: float
     ) -> torch.Tensor:
         """[B, T, D] to [B, T, D]."""
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rotary)
+        x_btd = torch.add(x_btd, self.attention(self.attention_norm(x_btd), rotary))
         y_btd = self.ffn_norm(x_btd)
-        if self.moe is not None:
-            return x_btd + self.moe(y_btd, balance_factor)
-        assert self.ffn is not None
-        return x_btd + self.ffn(y_btd)
+        if isinstance(self.ffn, MixtureOfExperts):
+            return torch.add(x_btd, self.ffn(y_btd, balance_factor))
+        return torch.add(x_btd, self.ffn(y_btd))
 
 
 class DeepSeek(nn.Module):
-    """A DeepSeek-V3 language model. Make it under `torch.device("meta")` and give it weights afterwards.
+    """A DeepSeek-V3 language model. Make it under `torch.device("meta")` and give it weights
+    afterwards.
 
     Args:
         architecture: all dimensions.
@@ -74,4 +75,4 @@ class DeepSeek(nn.Module):
     @property
     def mixtures(self) -> list[MixtureOfExperts]:
         """The mixture of experts of every layer that has one, in order."""
-        return [block.moe for block in self.blocks if isinstance(block, Block) and block.moe]
+        return [part for part in self.modules() if isinstance(part, MixtureOfExperts)]

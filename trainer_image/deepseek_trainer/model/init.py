@@ -1,11 +1,13 @@
 """Initial weights that do not depend on the mesh.
 
-Random operations on distributed tensors give every CPU rank the same shard without an error (torch 2.13), so each weight is drawn
-whole from a generator of its own, seeded by the training's seed and the weight's name, and every rank keeps its part.
+Random operations on distributed tensors give every CPU rank the same shard without an error (torch
+2.13), so each weight is drawn whole from a generator of its own, seeded by the training's seed and
+the weight's name, and every rank keeps its part.
 """
 
 import hashlib
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,9 +25,8 @@ def initialise(model: DeepSeek, *, seed: int, mesh: Mesh | None = None) -> None:
         keep: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole  # noqa: E731
         target: torch.Tensor = parameter
         if isinstance(parameter, DTensor):
-            assert mesh is not None
             target = parameter.to_local()
-            keep = _part_on(mesh, name)
+            keep = _part_on(cast(Mesh, mesh), name)
         whole = torch.empty(parameter.shape, device=target.device)
         if parameter.ndim == 1:
             nn.init.ones_(whole)

@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
 
 
 def rotary_table(length: int, channels: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Cosine and sine of every position and frequency, fp32, shape [2, T, R / 2] (Su et al., 2021)."""
+    """Cosine and sine of positions times frequencies, fp32, [2, T, R / 2] (Su et al., 2021)."""
     steps = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
     frequency_r = theta ** (-steps / channels)
     angle_tr = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_r)
@@ -55,7 +55,7 @@ def rotary_table(length: int, channels: int, theta: float, device: torch.device)
 
 
 def rotate(x_bhtr: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring channel pairs by their position's angles, as the published weights expect."""
+    """Turn neighbouring channel pairs by their position's angles, as published weights expect."""
     cos_tr, sin_tr = table
     even, odd = x_bhtr.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos_tr - odd * sin_tr, even * sin_tr + odd * cos_tr], dim=-1)

@@ -1,7 +1,8 @@
-"""Mixture of experts with shared experts and bias-based balance (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+"""Mixture of experts with shared experts and bias-based balance (DeepSeek-V3, arXiv 2412.19437,
+section 2.1.2).
 
-Shapes: B batch, T sequence, N = B x T tokens, D hidden width, F inner width of this rank, E experts, K experts per
-token, S = N x K token-expert pairs sorted by expert.
+Shapes: B batch, T sequence, N = B x T tokens, D hidden width, F inner width of this rank, E
+experts, K experts per token, S = N x K token-expert pairs sorted by expert.
 """
 
 from typing import Any
@@ -18,10 +19,11 @@ from deepseek_trainer.parallel.tensor import enter, leave, local
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed and shared experts; the inner width of all of them is split over the tensor group. No token is dropped.
+    """Routed and shared experts; the inner width of all of them is split over the tensor group. No
+    token is dropped.
 
-    `expert_bias` steers the choice of experts, never their weight; `balance` moves it after an optimizer step by the
-    load that `load_e` counts.
+    `expert_bias` steers the choice of experts, never their weight; `balance` moves it after an
+    optimizer step by the load that `load_e` counts.
     """
 
     expert_bias: torch.Tensor
@@ -40,7 +42,9 @@ class MixtureOfExperts(nn.Module):
         self.load_e: torch.Tensor | None = None
 
     def forward(self, x_btd: torch.Tensor, balance_factor: float) -> torch.Tensor:
-        """[B, T, D] to [B, T, D]; `balance_factor` scales the gradient of the sequence-wise balance loss."""
+        """[B, T, D] to [B, T, D]; `balance_factor` scales the gradient of the sequence-wise balance
+        loss.
+        """
         moe = self.moe
         x_nd = x_btd.flatten(0, 1)
         score_ne = F.linear(x_nd.float(), local(self.router).float()).sigmoid()
@@ -82,8 +86,8 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts each token visits and with what weight: ([N, K] indices, [N, K] weights).
 
-    The bias takes part in the choice only. With groups, a token chooses from the `limited_groups` groups whose two best
-    experts have the largest sum.
+    The bias takes part in the choice only. With groups, a token chooses from the `limited_groups`
+    groups whose two best experts have the largest sum.
     """
     choice_ne = score_ne.detach() + bias_e
     if moe.limited_groups < moe.groups:
@@ -104,7 +108,8 @@ def sequence_balance_loss(
 ) -> torch.Tensor:
     """Sum over sequences of the balance loss (equations 17 to 20), without its weight; scalar.
 
-    1 for a sequence whose tokens and scores are spread evenly. The share of tokens counts the experts that were chosen.
+    1 for a sequence whose tokens and scores are spread evenly. The share of tokens counts the
+    experts that were chosen.
     """
     tokens = score_bte.shape[1]
     share_be = count_be * (moe.experts / (moe.top_k * tokens))
@@ -118,7 +123,9 @@ def moved_bias(bias_e: torch.Tensor, load_e: torch.Tensor, speed: float) -> torc
 
 
 def _count(index: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each of `size` values occurs in every row, int64 (bincount has no rows, histc no int64 on CPU)."""
+    """How often each of `size` values occurs in every row, int64 (bincount has no rows, histc no
+    int64 on CPU).
+    """
     zeros = torch.zeros(index.shape[0], size, dtype=torch.int64, device=index.device)
     return zeros.scatter_add(1, index, torch.ones_like(index))
 
@@ -129,7 +136,9 @@ def _grouped(x_si: torch.Tensor, weight_eio: torch.Tensor, end_e: torch.Tensor) 
 
 
 class _InjectLoss(torch.autograd.Function):
-    """Identity on `x`; backward adds `factor` x gradient of `loss`, so that the loss need not be carried to the end."""
+    """Identity on `x`; backward adds `factor` x gradient of `loss`, so that the loss need not be
+    carried to the end.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, loss: torch.Tensor, factor: float) -> Any:

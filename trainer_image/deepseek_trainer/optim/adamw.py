@@ -1,10 +1,11 @@
 """AdamW on the local shards of distributed weights.
 
-The update is elementwise, so every rank steps its own shards as plain tensors: nothing is dispatched through DTensor, and
-the moments become distributed tensors only for a checkpoint.
+The update is elementwise, so every rank steps its own shards as plain tensors: nothing is
+dispatched through DTensor, and the moments become distributed tensors only for a checkpoint.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from dstrain_api.spec import OptimizerSpec
@@ -55,13 +56,15 @@ class ShardedAdamW:
             }
 
     def collect_gradients(self) -> torch.Tensor:
-        """Take the gradients of the last backward; this rank's addend of the squared global norm, fp64 scalar."""
+        """Take the gradients of the last backward; this rank's addend of the squared global norm,
+        fp64 scalar.
+        """
         for part in self._parts:
-            grad = part.weight.grad
-            assert isinstance(grad, DTensor)
-            part.shard.grad = grad.to_local()
+            part.shard.grad = cast(DTensor, part.weight.grad).to_local()
             part.weight.grad = None
-        counted = [part.shard.grad for part in self._parts if part.counted]
+        counted = [
+            grad for part, grad in zip(self._parts, self._gradients(), strict=True) if part.counted
+        ]
         if not counted:
             return torch.zeros((), dtype=torch.float64, device=self._parts[0].shard.device)
         norms = torch._foreach_norm(counted)
@@ -70,7 +73,7 @@ class ShardedAdamW:
     def step(self, *, learning_rate: float, gradient_factor: float) -> None:
         """Update the weights with the collected gradients, each multiplied by a factor."""
         if gradient_factor != 1.0:
-            torch._foreach_mul_([part.shard.grad for part in self._parts], gradient_factor)
+            torch._foreach_mul_(self._gradients(), gradient_factor)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
@@ -78,6 +81,9 @@ class ShardedAdamW:
     def drop_gradients(self) -> None:
         """Forget the collected gradients."""
         self._adamw.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [cast(torch.Tensor, part.shard.grad) for part in self._parts]
 
     def moments(self) -> dict[str, DTensor]:
         """The moments as distributed tensors by name; writing into them writes the state."""
@@ -105,8 +111,8 @@ class ShardedAdamW:
             self._adamw.state[part.shard]["step"].fill_(value)
 
 
-def _part(name: str, weight: nn.Parameter, mesh: Mesh) -> _Part:
-    assert isinstance(weight, DTensor)
+def _part(name: str, parameter: nn.Parameter, mesh: Mesh) -> _Part:
+    weight = cast(DTensor, parameter)
     only_holder = mesh.tensor_rank == 0 or split_dim(name) is not None
     return _Part(
         name=name,

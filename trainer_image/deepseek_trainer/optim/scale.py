@@ -1,4 +1,6 @@
-"""Dynamic loss scale for fp16: large enough that small gradients survive, halved when one overflows."""
+"""Dynamic loss scale for fp16: large enough that small gradients survive, halved when one
+overflows.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Final

@@ -1,4 +1,6 @@
-"""What all ranks must agree on after backward, in one all-reduce: loss, gradient norm, stop flag and expert load."""
+"""What all ranks must agree on after backward, in one all-reduce: loss, gradient norm, stop flag
+and expert load.
+"""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +44,8 @@ def reduce_totals(
     Args:
         mesh: the ranks of one tensor group hold the same loss and loads; the first of them counts.
         loss_sum: loss over this rank's samples.
-        norm_squared: this rank's addend (`ShardedAdamW.collect_gradients`), of gradients that are already summed.
+        norm_squared: this rank's addend (`ShardedAdamW.collect_gradients`), of gradients that are
+            already summed.
         stop: whether this rank was told to stop.
         loads: tokens per expert of every mixture layer, over this rank's samples.
     """

@@ -1,1 +1,1 @@
-"""How one model is spread over processes: the mesh, tensor parallelism, sharded data parallelism."""
+"""How one model is spread over processes: mesh, tensor parallelism, sharded data parallelism."""

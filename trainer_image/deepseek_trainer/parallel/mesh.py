@@ -1,4 +1,6 @@
-"""One mesh with named purposes: replicate (HSDP copies) x shard (FSDP2) x tensor (innermost, so that its ranks are neighbours)."""
+"""One mesh with named purposes: replicate (HSDP copies) x shard (FSDP2) x tensor (innermost, so
+that its ranks are neighbours).
+"""
 
 import os
 from dataclasses import asdict, dataclass
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from dstrain_api.model import Architecture
 from dstrain_api.spec import ParallelismSpec
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 REPLICATE: Final = "replicate"
@@ -48,7 +51,8 @@ def plan_layout(spec: ParallelismSpec, world: int, architecture: Architecture) -
     if fixed * shard != world:
         raise ValueError(
             f"parallelism: tensor {spec.tensor} x dataReplicate {spec.data_replicate} x dataShard "
-            f"{spec.data_shard} does not fit {world} processes (workers.replicas x processesPerWorker)"
+            f"{spec.data_shard} does not fit {world} processes (workers.replicas x "
+            "processesPerWorker)"
         )
     for name, size in (
         ("heads", architecture.heads),
@@ -104,21 +108,26 @@ class Mesh:
 
 
 def join_world() -> torch.device:
-    """Form the process group that torchrun's environment describes (one process without it); the device of this rank."""
+    """Form the process group that torchrun's environment describes (one process without it); the
+    device of this rank.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # OpenMP threads spin at every operation's end: with a busy neighbour a mini step takes 1 s instead of 16 ms.
+        # OpenMP threads spin at every operation's end: with a busy neighbour a mini step takes 1 s
+        # instead of 16 ms.
         torch.set_num_threads(1)
     alone = "WORLD_SIZE" not in os.environ
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         device_id=device if cuda else None,
         timeout=_TIMEOUT,
-        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        store=HashStore() if alone else None,
+        rank=0 if alone else -1,
+        world_size=1 if alone else -1,
     )
     return device
 

@@ -1,6 +1,6 @@
 """Sharded data parallelism: FSDP2 around every block, in the precision of the training."""
 
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ COMPUTE_DTYPE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 def spread(model: DeepSeek, mesh: Mesh, *, compute: str, seed: int) -> None:
     """Turn a model made on the meta device into its part on this rank, with initial weights.
 
-    Gradients are summed over the ranks, not averaged: the loss is divided by the tokens of the global batch.
+    Gradients are summed over the ranks, not averaged: the loss is divided by the tokens of the
+    global batch.
     """
     distribute_over_tensor_group(model, mesh)
     policy = MixedPrecisionPolicy(
@@ -40,5 +41,4 @@ def spread(model: DeepSeek, mesh: Mesh, *, compute: str, seed: int) -> None:
 
 def sharded(model: nn.Module) -> FSDPModule:
     """The model as the root of its sharding."""
-    assert isinstance(model, FSDPModule)
-    return model
+    return cast(FSDPModule, model)

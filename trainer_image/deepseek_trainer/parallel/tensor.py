@@ -1,7 +1,8 @@
-"""Tensor parallelism: which weights are split along which dimension, and the two collectives that a split layer needs.
+"""Tensor parallelism: which weights are split along which dimension, and the two collectives that a
+split layer needs.
 
-Activations stay plain tensors; only weights are distributed tensors. Dispatching every operation through DTensor costs
-more than the mini model's arithmetic.
+Activations stay plain tensors; only weights are distributed tensors. Dispatching every operation
+through DTensor costs more than the mini model's arithmetic.
 """
 
 from typing import Any, Final
@@ -29,7 +30,7 @@ SPLIT_DIM: Final[dict[str, int]] = {
 
 
 def split_dim(name: str) -> int | None:
-    """Dimension of a weight that the tensor group splits; none for one that every rank holds whole."""
+    """Dimension of a weight that the tensor group splits; none where every rank holds it whole."""
     return SPLIT_DIM.get(name.rpartition(".")[2])
 
 
@@ -87,7 +88,7 @@ class _Leave(torch.autograd.Function):
 
 
 def enter(group: dist.ProcessGroup | None, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Whole activations go into split weights; their gradients come back as parts and are summed."""
+    """Whole activations go into split weights; their gradients come back as addends."""
     if group is None:
         return xs
     return tuple(_Enter.apply(group, *xs))  # type: ignore[no-untyped-call]

@@ -1,1 +1,3 @@
-"""Checkpoints that are either whole and verified or not used: folder, manifest, commit, save and restore."""
+"""Checkpoints that are either whole and verified or not used: folder, manifest, commit, save and
+restore.
+"""

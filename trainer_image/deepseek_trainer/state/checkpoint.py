@@ -1,21 +1,25 @@
 """Saving and restoring the state of a training. Every rank calls both at the same step.
 
-Save: draft folder -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit in the background.
-Restore: the newest committed checkpoint whose every file has the size and sha256 of its manifest; each rank checks a part.
+Save: draft folder -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit in
+the background.
+Restore: the newest committed checkpoint whose every file has the size and sha256 of its manifest;
+each rank checks a part.
 """
 
 import hashlib
 import logging
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from dstrain_api.config import TrainerConfig
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from deepseek_trainer.data.sampler import DataState, Stream
 from deepseek_trainer.model.deepseek import DeepSeek
@@ -37,7 +41,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     position: int = 0
-    loss_scale: LossScale = LossScale()
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,13 @@ class Checkpointer:
         """
         begin = time.monotonic()
         draft = self.folder.draft(progress.step, self.generation)
-        writer = dcp.FileSystemWriter(draft, overwrite=False)
-        dcp.save(self._tensors(), storage_writer=writer)
+        writer = FileSystemWriter(draft, overwrite=False)
+        save(self._tensors(), storage_writer=writer)
         own = {
             path.name: manifests.describe(path)
             for path in draft.glob(f"__{self.mesh.rank}_*.distcp")
         }
-        parts: list[dict[str, object]] = [{} for _ in range(self.mesh.world)]
+        parts: list[dict[str, dict[str, object]]] = [{} for _ in range(self.mesh.world)]
         dist.gather_object(own, parts if self.mesh.rank == 0 else None)
         if self.committer:
             files = {name: facts for part in parts for name, facts in part.items()}
@@ -80,7 +84,9 @@ class Checkpointer:
         return time.monotonic() - begin
 
     def settle(self) -> bool:
-        """Wait on every rank until the last draft is committed; false when the coordinator refused it."""
+        """Wait on every rank until the last draft is committed; false when the coordinator refused
+        it.
+        """
         accepted = [self.committer.wait().accepted if self.committer else None]
         dist.broadcast_object_list(accepted)
         return bool(accepted[0])
@@ -108,8 +114,8 @@ class Checkpointer:
                 continue
             return self._load(path)
         raise NoUsableCheckpoint(
-            f"NoUsableCheckpoint: {self.folder.root} had checkpoints, but none is whole. Restore one from a backup, "
-            "or empty the folder to start again at step 0"
+            f"NoUsableCheckpoint: {self.folder.root} had checkpoints, but none is whole. Restore "
+            "one from a backup, or empty the folder to start again at step 0"
         )
 
     def _history(self) -> list[str] | None:
@@ -135,10 +141,11 @@ class Checkpointer:
         saved = manifests.read(path)
         if saved.architecture != self.config.architecture.model_dump(mode="json"):
             raise ValueError(
-                f"{path} holds another model: restore spec.model, or point checkpoint.uri to an empty folder"
+                f"{path} holds another model: restore spec.model, or point checkpoint.uri to an "
+                "empty folder"
             )
         position = self.stream.position(DataState(**saved.data))
-        dcp.load(self._tensors(), storage_reader=dcp.FileSystemReader(path))
+        load(self._tensors(), storage_reader=FileSystemReader(path))
         self.optimizer.updates = saved.updates
         return Progress(
             step=saved.step,
@@ -148,10 +155,15 @@ class Checkpointer:
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        state = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
-        state |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-        state |= {f"optimizer.{name}": moment for name, moment in self.optimizer.moments().items()}
-        return {name: tensor.detach() for name, tensor in state.items()}
+        named: dict[str, list[tuple[str, torch.Tensor]]] = {
+            "model": [*self.model.named_parameters(), *self.model.named_buffers()],
+            "optimizer": [*self.optimizer.moments().items()],
+        }
+        return {
+            f"{part}.{name}": tensor.detach()
+            for part, tensors in named.items()
+            for name, tensor in tensors
+        }
 
     def _manifest(
         self, progress: Progress, files: dict[str, dict[str, object]]

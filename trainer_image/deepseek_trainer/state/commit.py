@@ -1,4 +1,6 @@
-"""Asking the coordinator whether a complete checkpoint may become the one to resume from, without holding up training."""
+"""Asking the coordinator whether a complete checkpoint may become the one to resume from, without
+holding up training.
+"""
 
 import json
 import logging
@@ -68,7 +70,8 @@ class _Draft:
 
 
 class Committer:
-    """Commits complete drafts in the background; a newer draft takes the place of one that still waits.
+    """Commits complete drafts in the background; a newer draft takes the place of one that still
+    waits.
 
     Args:
         folder: of the training.
@@ -125,9 +128,9 @@ class Committer:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                draft, self._waiting, self._busy = self._waiting, None, True
-            assert draft is not None
+                while (draft := self._waiting) is None:
+                    self._changed.wait()
+                self._waiting, self._busy = None, True
             try:
                 self._settle(draft)
             except Exception as error:  # noqa: BLE001  (handed to the training thread)

@@ -1,9 +1,10 @@
-"""The checkpoint folder: drafts, committed checkpoints, quarantined ones, and LATEST. Files only, no torch.
+"""The checkpoint folder: drafts, committed checkpoints, quarantined ones, and LATEST. Files only,
+no torch.
 
     step-40.g3.tmp/          being written, or complete and waiting for its commit
     step-40/                 committed; appears by rename
     step-40.bad-1/           was committed but is damaged; kept for a person to look at
-    LATEST                   name of the newest committed one, for people and tools; replaced by rename
+    LATEST                   name of the newest committed one, for people and tools
 
 A folder is never written into twice.
 """
@@ -24,7 +25,9 @@ _BAD: Final = re.compile(r"step-(\d+)\.bad-\d+")
 
 
 class NoUsableCheckpoint(RuntimeError):  # noqa: N818  (the name users see in status)
-    """Checkpoints existed, and none can be used. Starting again at step 0 needs a person's decision."""
+    """Checkpoints existed, and none can be used. Starting again at step 0 needs a person's
+    decision.
+    """
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class CheckpointFolder:
     def commit(self, draft: Path, step: int) -> Path:
         """Give a complete draft its final name and point LATEST to it.
 
-        An earlier generation that was cut off between two renames may have left the same step; it gives way.
+        An earlier generation that was cut off between two renames may have left the same step; it
+        gives way.
         """
         final = self.root / f"step-{step}"
         if final.exists():
@@ -73,7 +77,9 @@ class CheckpointFolder:
         return self._aside(checkpoint, "bad")
 
     def prune(self, *, keep_last: int, keep_every_steps: int) -> None:
-        """Delete committed checkpoints beyond the newest `keep_last`, but those at multiples of `keep_every_steps`."""
+        """Delete committed checkpoints beyond the newest `keep_last`, but those at multiples of
+        `keep_every_steps`.
+        """
         for step, path in self.committed()[keep_last:]:
             if not keep_every_steps or step % keep_every_steps:
                 shutil.rmtree(self._aside(path, "old"))

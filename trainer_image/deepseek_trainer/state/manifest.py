@@ -1,7 +1,7 @@
 """manifest.json of a checkpoint: what the state is, and the size and sha256 of every file.
 
-PyTorch's distributed checkpoint loads flipped bits, zeroed regions and shards of two saves without an error; the manifest is
-what a load trusts.
+PyTorch's distributed checkpoint loads flipped bits, zeroed regions and shards of two saves without
+an error; the manifest is what a load trusts.
 """
 
 import json
@@ -21,7 +21,8 @@ FORMAT: Final = 1
 class CheckpointManifest:
     """One checkpoint.
 
-    All random numbers are functions of the seed and a position (weights by name, samples by index), so `rng` is the seed.
+    All random numbers are functions of the seed and a position (weights by name, samples by index),
+    so `rng` is the seed.
     """
 
     step: int
@@ -63,15 +64,18 @@ def read(folder: Path) -> CheckpointManifest:
     """
     try:
         record = json.loads((folder / NAME).read_text())
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']} is not {FORMAT}")
-        return CheckpointManifest(**record)
+        manifest = CheckpointManifest(**record)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / NAME}: {error}") from error
+    if manifest.format != FORMAT:
+        raise ValueError(f"{folder / NAME}: format {manifest.format} is not {FORMAT}")
+    return manifest
 
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
-    """What is wrong with the named files, one sentence each; empty when all are as the manifest says."""
+    """What is wrong with the named files, one sentence each; empty when all are as the manifest
+    says.
+    """
     found = []
     for name in names:
         path = folder / name
