@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from e2e.clusters import images
 from e2e.clusters.interface import Cluster
@@ -24,7 +25,7 @@ class Release:
     namespace: str
     name: str
 
-    def pod(self) -> dict[str, object]:
+    def pod(self) -> dict[str, Any]:
         """The operator's running pod."""
         selector = "app.kubernetes.io/name=deepseek-operator"
         items = json.loads(
@@ -51,7 +52,7 @@ def helm(cluster: Cluster, *arguments: str) -> str:
 
 def chart_values(images_by_target: dict[str, str]) -> list[str]:
     """The values that every install of these tests sets: the images."""
-    settings = {}
+    settings: dict[str, str] = {}
     for key, target in (("image", "operator"), ("trainer.image", "trainer")):
         repository, tag = images_by_target[target].rsplit(":", 1)
         settings |= {f"{key}.repository": repository, f"{key}.tag": tag}

@@ -27,7 +27,7 @@ def test_an_upgrade_rolls_the_operator_and_leaves_a_training_alone(
     arguments = ["upgrade", install.RELEASE, str(install.CHART), "-n", install.NAMESPACE, "--wait"]
     install.helm(cluster, *arguments, "--reuse-values", "--set", "podAnnotations.upgraded=yes")
     after = operator.pod()
-    assert after["metadata"]["uid"] != before["metadata"]["uid"]  # type: ignore[index]
+    assert after["metadata"]["uid"] != before["metadata"]["uid"]
     generation = training.seen[-1].status["generation"]
     training.wait_step(training.seen[-1].step + 10, 120)
     assert training.seen[-1].status["generation"] == generation

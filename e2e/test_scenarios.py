@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 import pytest
-from e2e.report import Report
 
 from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.conftest import MakeTraining
+from e2e.report import Report
 from e2e.training import Seen, Training
 
 COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
@@ -99,7 +99,7 @@ def test_2_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
 ) -> None:
     training = make_training("powerloss")
     training.apply()
-    operator_node = operator.pod()["spec"]["nodeName"]  # type: ignore[index]
+    operator_node = operator.pod()["spec"]["nodeName"]
     training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
     victim = next(p for p in training.live_pods() if p["spec"]["nodeName"] != operator_node)
     survivor = next(p for p in training.live_pods() if p is not victim)
@@ -227,7 +227,7 @@ def test_7_training_does_not_notice_that_the_operator_is_killed(
     training.wait_step(10, 180)
     generation = training.seen[-1].status["generation"]
     uids = {p["metadata"]["uid"] for p in training.live_pods()}
-    name = operator.pod()["metadata"]["name"]  # type: ignore[index]
+    name = operator.pod()["metadata"]["name"]
     cluster.kubectl(
         "-n", operator.namespace, "delete", "pod", str(name), "--grace-period=0", "--force"
     )
