@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         # kubectl finds the kind in what the server publishes, which follows a moment later.
         for index in ("/openapi/v3", "/apis"):
             wait_until(
-                lambda index=index: "dstrain.dev" in made.kubectl("get", "--raw", index),
+                partial(_publishes, made, index),
                 f"DeepSeekTraining in {index}",
                 timeout_s=30,
             )
         yield made
+
+
+def _publishes(server: ApiServer, index: str) -> bool:
+    return "dstrain.dev" in server.kubectl("get", "--raw", index)
 
 
 def patched(base: Any, change: Any) -> Any:
