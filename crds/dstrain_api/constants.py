@@ -15,6 +15,7 @@ MANAGER: Final = "dstrain-operator"
 LABEL_TRAINING: Final = f"{GROUP}/training"
 LABEL_SLOT: Final = f"{GROUP}/slot"
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+ANNOTATION_EXCLUDED_NODES: Final = f"{GROUP}/excluded-nodes"  # of a pod, comma-separated
 
 # Environment of every worker pod, set by the operator.
 ENV_COORDINATOR: Final = "DSTRAIN_COORDINATOR"  # http(s)://host:port

@@ -1,1 +1,1 @@
-"""Decisions only. Nothing here does I/O, reads a clock, draws a random number or imports a client."""
+"""Decisions only: no I/O, no clock, no random number, no client."""

@@ -1,4 +1,6 @@
-"""What the plan sees and says. Frozen views, made once at the border; times are `float` seconds of one injected clock.
+"""What the plan sees and says. Frozen views, made once at the border.
+
+Times are `float` seconds of one injected clock.
 
 `now` and every `*_at_s` are seconds since the epoch; every `*_age_s` is a duration.
 """
@@ -20,8 +22,8 @@ Manifest = dict[str, Any]
 class Training:
     """A DeepSeekTraining as the watch last showed it.
 
-    `spec` is None where the stored object does not pass validation; `spec_error` then says what to change.
-    `stored_spec` is the object's spec as it stands, for patches and owner references.
+    `spec` is None where the stored object does not pass validation; `spec_error` then says what
+    to change.
     """
 
     namespace: str
@@ -37,6 +39,7 @@ class Training:
 
     @property
     def key(self) -> Key:
+        """Its name in the queue."""
         return Key(self.namespace, self.name)
 
 
@@ -79,6 +82,7 @@ class PodView:
     deleting: bool
     created_at_s: float
     unschedulable: str = ""  # the scheduler's message while PodScheduled is False
+    excluded_nodes: tuple[str, ...] = ()  # of its annotation: nodes it was made to avoid
     disrupted: str = ""  # reason of the DisruptionTarget condition, if any
     reason: str = ""  # status.reason, such as Evicted
     container: ContainerView = field(default_factory=ContainerView)
@@ -145,7 +149,7 @@ class CommitView:
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """One generation: who is in it, in order of rank. Published only after its number is in the status."""
+    """One generation: who is in it, by rank. Published after its number is in the status."""
 
     generation: int
     pod_uids: tuple[str, ...]  # by group rank
@@ -157,7 +161,8 @@ class Membership:
 class Gathering:
     """All that the coordinator knows of one training: a table, no decisions.
 
-    `listening_s` is how long this coordinator has been up: what it has not heard of yet is unknown, not bad.
+    `listening_s` is how long this coordinator has been up: what it has not heard of yet is
+    unknown, not bad.
     """
 
     members: tuple[MemberView, ...] = ()
@@ -216,15 +221,16 @@ class Event:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
+    at_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to do, in this order: status, membership, creates, deletes, events.
 
-    `status` None leaves it as it is. `durable` marks a status that later steps rely on: it must be written before them;
-    one that is not durable only carries progress.
-    `membership` is published to the waiting pods; `end_generation` tells the members of that generation to join again.
+    `status` None leaves it as it is; a status is written before anything else is done.
+    `membership` is published to the waiting pods; `end_generation` tells the members of that
+    generation to join again.
     """
 
     status: DeepSeekTrainingStatus | None = None

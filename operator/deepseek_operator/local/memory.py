@@ -229,7 +229,7 @@ class MemoryCluster:
         self.edit(PODS, namespace, name, lambda pod: pod["status"].update(copied(dict(status))))
 
     def finish_deletion(self, namespace: str, name: str) -> None:
-        """What the kubelet does once the containers of a deleted pod have ended. Raises NotFound."""
+        """What the kubelet does when a deleted pod has ended. Raises NotFound."""
         self._remove(PODS, self.get(PODS, namespace, name))
 
     def disconnect(self) -> None:

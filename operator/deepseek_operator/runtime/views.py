@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from dstrain_api.constants import (
+    ANNOTATION_EXCLUDED_NODES,
     KIND,
     LABEL_ATTEMPT,
     LABEL_SLOT,
@@ -65,6 +66,7 @@ def pod_view(stored: Object) -> PodView | None:
     slot, attempt = labels.get(LABEL_SLOT, ""), labels.get(LABEL_ATTEMPT, "")
     if owner is None or LABEL_TRAINING not in labels or not (slot.isdigit() and attempt.isdigit()):
         return None
+    excluded = (meta.get("annotations") or {}).get(ANNOTATION_EXCLUDED_NODES, "")
     status = stored.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     disrupted = conditions.get("DisruptionTarget", {})
@@ -81,6 +83,7 @@ def pod_view(stored: Object) -> PodView | None:
         deleting="deletionTimestamp" in meta,
         created_at_s=epoch_s(meta["creationTimestamp"]),
         unschedulable=_unschedulable(conditions.get("PodScheduled", {})),
+        excluded_nodes=tuple(filter(None, excluded.split(","))),
         disrupted=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
         reason=status.get("reason", ""),
         container=_container(status),

@@ -1,0 +1,232 @@
+"""Rules of generations: when one ends, when the next is formed, when a smaller gang grows again."""
+
+from __future__ import annotations
+
+from dstrain_api.constants import EXIT_RESTART
+from dstrain_api.quantities import duration_s
+from dstrain_api.status import DeepSeekTrainingStatus
+
+from deepseek_operator.core import failures
+from deepseek_operator.core.clock import seconds
+from deepseek_operator.core.conditions import condition, holds, with_condition
+from deepseek_operator.core.failures import Failure
+from deepseek_operator.core.lifecycle import finish
+from deepseek_operator.core.model import Membership, WorkerError
+from deepseek_operator.core.situation import ALIVE, Decision, Situation, Slot
+
+SHRUNK = "FewerWorkers"  # reason of Degraded while an elastic training goes on with fewer
+
+
+def worker_errors(s: Situation) -> Decision | None:
+    """A training process failed by itself: one application failure per generation."""
+    errors = _unaccounted_errors(s)
+    if not errors or _explained_by_others(s, errors):
+        return None
+    if not _all_heard_since(s, errors):
+        return None  # whoever is silent may be the cause; the next beats tell
+    failure = failures.of_worker_error(failures.root_cause(errors))
+    after = failures.record(s, failure, generation=errors[0].generation)
+    spent = failures.over_budget(s, failure, after)
+    if spent:
+        return Decision(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+    return Decision(status=after, end_generation=_ended_by(s, errors))
+
+
+def end(s: Situation) -> Decision | None:
+    """A generation is over when a member says so, or a member's pod is no more."""
+    current = s.membership
+    if current is None:
+        return None
+    there = {
+        slot.pod.uid
+        for slot in s.slots
+        if slot.pod and (slot.state in ALIVE or slot.state in ("leaving", "succeeded"))
+    }
+    there |= {p.uid for p in s.surplus if p.uid not in s.lost_surplus and p.phase != "Failed"}
+    missing = [uid for uid in current.pod_uids if uid not in there]
+    if not missing and not s.gathering.over:
+        return None
+    return Decision(status=_voluntary(s, current), end_generation=current.generation)
+
+
+def form(s: Situation) -> Decision | None:
+    """All slots have joined, or an elastic training has waited long enough for those missing."""
+    joined = s.in_state("joining")
+    if s.membership or not joined or _adopting(s):
+        return None
+    size = len(joined) if len(joined) == s.desired else _smaller_size(s, joined)
+    if not size:
+        return None
+    chosen = joined[:size]
+    generation = s.status.generation + 1
+    after = s.status.model_copy(update={"generation": generation})
+    if size < s.desired:
+        text = f"training on {size} of {s.desired} workers until the others can be replaced"
+        after = with_condition(s, after, "Degraded", "True", SHRUNK, text)
+    elif _shrunk(s):
+        after = with_condition(s, after, "Degraded", "False", "AllWorkers", "")
+    members = [slot.member for slot in chosen if slot.member]
+    return Decision(
+        status=after,
+        membership=Membership(
+            generation=generation,
+            pod_uids=tuple(m.pod_uid for m in members),
+            master_address=members[0].address,
+            master_port=members[0].port,
+        ),
+    )
+
+
+def grow(s: Situation) -> Decision | None:
+    """A gang smaller than wanted takes in those who wait, right after a commit."""
+    current = s.membership
+    if current is None or len(current.pod_uids) >= s.desired:
+        return None
+    waiting = [slot for slot in s.in_state("joining") if not _is_member(s, slot)]
+    inside = [slot for slot in s.slots if slot.state == "running" and _is_member(s, slot)]
+    if len(waiting) + len(inside) < s.desired or not s.allowed(s.desired):
+        return None
+    ready_at_s = s.now_s - min((w.member.waiting_s for w in waiting if w.member), default=0.0)
+    degraded = condition(s.status, "Degraded")
+    if _shrunk(s) and degraded:
+        snooze_s = duration_s(s.spec.elastic.scale_up_snooze) if s.spec.elastic else 0.0
+        ready_at_s = max(ready_at_s, seconds(degraded.last_transition_time) + snooze_s)
+    elif s.status.checkpoint is None and s.gathering.commit is None:
+        return Decision(status=_scaled(s), end_generation=current.generation)
+    commit = s.gathering.commit
+    if commit is None or commit.generation != current.generation or commit.at_s < ready_at_s:
+        return None
+    return Decision(status=None if _shrunk(s) else _scaled(s), end_generation=current.generation)
+
+
+def give_up(s: Situation) -> Decision | None:
+    """Those who still run a generation that can never be whole again are told to join the next."""
+    if s.membership or not _runners(s) or _adopting(s):
+        return None
+    return Decision(end_generation=s.status.generation)
+
+
+def _smaller_size(s: Situation, joined: tuple[Slot, ...]) -> int:
+    """The largest allowed size with those who have joined; 0 to go on waiting."""
+    if s.spec.elastic is None:
+        return 0
+    waited_s = min(slot.member.waiting_s for slot in joined if slot.member)
+    if waited_s < duration_s(s.spec.elastic.replacement_wait):
+        return 0
+    sizes = range(len(joined), s.min_replicas - 1, -1)
+    return next((n for n in sizes if s.allowed(n)), 0)
+
+
+def wait_s(s: Situation) -> float | None:
+    """Seconds until a smaller gang may be formed, if one is waited for."""
+    joined = s.in_state("joining")
+    if s.spec.elastic is None or s.membership or not s.min_replicas <= len(joined) < s.desired:
+        return None
+    waited_s = min(slot.member.waiting_s for slot in joined if slot.member)
+    return max(0.1, duration_s(s.spec.elastic.replacement_wait) - waited_s)
+
+
+def _runners(s: Situation) -> list[Slot]:
+    """Slots that say they run the newest generation."""
+    return [
+        slot
+        for slot in s.in_state("running", "done")
+        if slot.member and slot.member.generation == s.status.generation
+    ]
+
+
+def _adopting(s: Situation) -> bool:
+    """Whether a coordinator that has just started may still find the newest generation whole."""
+    runners = _runners(s)
+    world = max((r.member.group_world_size for r in runners if r.member), default=0)
+    unheard = s.in_state("starting", "succeeded", "leaving")
+    return bool(runners) and len(runners) + len(unheard) >= world
+
+
+def _is_member(s: Situation, slot: Slot) -> bool:
+    return bool(s.membership and slot.pod and slot.pod.uid in s.membership.pod_uids)
+
+
+def _shrunk(s: Situation) -> bool:
+    degraded = condition(s.status, "Degraded")
+    return holds(s.status, "Degraded") and degraded is not None and degraded.reason == SHRUNK
+
+
+def _scaled(s: Situation) -> DeepSeekTrainingStatus | None:
+    if s.accounted:
+        return None
+    failure = failures.of_missing_pod(None, scaled=True)
+    return failures.record(s, failure, generation=s.status.generation)
+
+
+def _voluntary(s: Situation, current: Membership) -> DeepSeekTrainingStatus | None:
+    """Accounts for a generation that ended because pods of it were deleted."""
+    if s.accounted or current.generation != s.status.generation:
+        return None
+    leaving = (*(slot.pod for slot in s.in_state("leaving") if slot.pod), *s.surplus)
+    causes: list[Failure] = [
+        failures.of_missing_pod(pod, scaled=pod.slot >= s.desired)
+        for pod in leaving
+        if pod.deleting and pod.uid in current.pod_uids
+    ]
+    known = {p.uid for p in s.observed.pods}
+    if not causes and any(uid not in known for uid in current.pod_uids):
+        scaled = len(current.pod_uids) > s.desired
+        causes.append(failures.of_missing_pod(None, scaled=scaled))
+    if not causes:
+        return None
+    cause = min(causes, key=lambda f: f.severity)
+    return failures.record(s, cause, generation=current.generation)
+
+
+def _unaccounted_errors(s: Situation) -> tuple[WorkerError, ...]:
+    """Errors of the newest generation that has any, unless its end is in the history."""
+    errors = [e for e in s.gathering.errors if e.exit_code != EXIT_RESTART]
+    if not errors:
+        return ()
+    generation = max(e.generation for e in errors)
+    if any(h.generation == generation for h in s.status.history):
+        return ()
+    return tuple(e for e in errors if e.generation == generation)
+
+
+def _explained_by_others(s: Situation, errors: tuple[WorkerError, ...]) -> bool:
+    """Whether a member of that generation has ended: that breaks its peers' connections."""
+    in_generation = _members_of(s, errors)
+    world = max((m.member.group_world_size for m in in_generation if m.member), default=0)
+    if len(in_generation) >= max(world, 1):
+        return False
+    first_at_s = min(e.at_s for e in errors)
+    return any(
+        slot.state not in ALIVE or (slot.pod and slot.pod.created_at_s > first_at_s)
+        for slot in s.slots
+        if slot not in in_generation
+    )
+
+
+def _all_heard_since(s: Situation, errors: tuple[WorkerError, ...]) -> bool:
+    """Whether every member of that generation is known to have survived it."""
+    if len(s.in_state("joining")) == s.desired:
+        return True
+    in_generation = _members_of(s, errors)
+    world = max((m.member.group_world_size for m in in_generation if m.member), default=0)
+    since_s = s.now_s - max(e.at_s for e in errors)
+    heard = [m for m in in_generation if m.member and m.member.silent_s <= since_s]
+    return bool(heard) and len(heard) >= world
+
+
+def _members_of(s: Situation, errors: tuple[WorkerError, ...]) -> list[Slot]:
+    """Living slots whose pod took part in the generation of these errors."""
+    generation = errors[0].generation
+    return [
+        slot
+        for slot in s.slots
+        if slot.state in ALIVE and slot.member and slot.member.generation == generation
+    ]
+
+
+def _ended_by(s: Situation, errors: tuple[WorkerError, ...]) -> int | None:
+    """The current generation, if it is the one that failed: over, even if nobody joins yet."""
+    if s.membership and s.membership.generation == errors[0].generation:
+        return s.membership.generation
+    return None

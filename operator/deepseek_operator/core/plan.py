@@ -1,0 +1,143 @@
+"""The decision: an ordered list of small rules; the first that has something to do wins.
+
+`plan` is pure. What it decides is found again from what exists, so a crash after any write of a
+plan is repaired by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dstrain_api.status import Condition, DeepSeekTrainingStatus
+
+from deepseek_operator.core import lifecycle, membership, replacement, status
+from deepseek_operator.core.conditions import condition
+from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
+from deepseek_operator.core.situation import Decision, Situation, survey
+
+Rule = Callable[[Situation], Decision | None]
+
+RULES: tuple[Rule, ...] = (
+    lifecycle.finished,
+    lifecycle.complete,
+    lifecycle.suspend,
+    lifecycle.begin,
+    replacement.account,
+    replacement.fill,
+    replacement.respawn,
+    replacement.tidy,
+    membership.worker_errors,
+    membership.end,
+    membership.form,
+    membership.grow,
+    membership.give_up,
+    replacement.retry,
+)
+
+
+def plan(training: Training, observed: Observed, settings: Settings, now_s: float) -> Plan:
+    """What to do about a training, given what is known of it."""
+    if training.deleting:
+        return Plan()  # its owner references clean up
+    if training.spec is None:
+        after = status.refused(training, now_s)
+        return Plan() if after == training.status else _invalid(training, after, now_s)
+    s = survey(training, training.spec, observed, settings, now_s)
+    decision = next((d for rule in RULES if (d := rule(s))), Decision())
+    return _composed(s, decision)
+
+
+def _invalid(training: Training, after: DeepSeekTrainingStatus, now_s: float) -> Plan:
+    return Plan(status=after, events=_events(training.status, after, now_s))
+
+
+def _composed(s: Situation, decision: Decision) -> Plan:
+    """The plan of a decision: with the status that says so, as often as it may be written."""
+    before = s.status
+    after = status.report(s, decision)
+    durable = decision.status is not None or _lasting(after) != _lasting(before)
+    wait_s = s.observed.status_written_at_s + s.settings.status_interval_s - s.now_s
+    written = after != before and (durable or wait_s <= 0)
+    later = [
+        decision.requeue_after_s,
+        wait_s if after != before and not written else None,
+        s.heartbeat_timeout_s if s.doubt else None,
+        membership.wait_s(s),
+    ]
+    return Plan(
+        status=after if written else None,
+        membership=decision.membership,
+        end_generation=decision.end_generation,
+        stop=decision.stop,
+        fence=decision.fence,
+        creates=decision.creates,
+        deletes=decision.deletes,
+        delete_training=decision.delete_training,
+        events=(*decision.events, *(_events(before, after, s.now_s) if written else ())),
+        requeue_after_s=min((w for w in later if w is not None), default=None),
+    )
+
+
+def _lasting(status: DeepSeekTrainingStatus) -> object:
+    """The part of a status whose change is written at once: all but numbers and wordings."""
+    return (
+        status.observed_generation,
+        status.phase,
+        status.attempt,
+        status.generation,
+        status.restarts,
+        status.history,
+        status.checkpoint,
+        [(c.type, c.status, c.reason) for c in status.conditions],
+    )
+
+
+# Transitions that a person wants to read with `kubectl describe`, and how bad they are.
+_TOLD = {
+    ("Accepted", "False"): "Warning",
+    ("Running", "True"): "Normal",
+    ("Suspended", "True"): "Normal",
+    ("Complete", "True"): "Normal",
+    ("Failed", "True"): "Warning",
+    ("Degraded", "True"): "Warning",
+}
+_TOLD_REASONS = {("Scheduled", "Unschedulable"), ("Scheduled", "Refused")}
+
+
+def _events(
+    before: DeepSeekTrainingStatus, after: DeepSeekTrainingStatus, now_s: float
+) -> tuple[Event, ...]:
+    """What changed between two statuses, for `kubectl describe`."""
+    known = {h.time + h.reason for h in before.history}
+    found = [
+        Event(
+            type="Normal" if entry.failure_class == "voluntary" else "Warning",
+            reason=entry.reason,
+            message=entry.message or entry.reason,
+            at_s=now_s,
+        )
+        for entry in after.history
+        if entry.time + entry.reason not in known
+    ]
+    for said in after.conditions:
+        event = _event(condition(before, said.type), said, now_s)
+        if event:
+            found.append(event)
+    return tuple(found)
+
+
+def _event(before: Condition | None, said: Condition, now_s: float) -> Event | None:
+    if before and (before.status, before.reason) == (said.status, said.reason):
+        return None
+    kind = _TOLD.get((said.type, said.status))
+    if kind is None and (said.type, said.reason) in _TOLD_REASONS:
+        kind = "Warning"
+    if kind is None:
+        return None
+    reason = said.type if kind == "Normal" else said.reason
+    return Event(
+        type="Normal" if kind == "Normal" else "Warning",
+        reason=reason,
+        message=said.message or reason,
+        at_s=now_s,
+    )

@@ -1,0 +1,147 @@
+"""Rules that keep one living pod in every slot."""
+
+from __future__ import annotations
+
+from deepseek_operator.core import failures
+from deepseek_operator.core.failures import Failure
+from deepseek_operator.core.lifecycle import finish
+from deepseek_operator.core.manifests import gang
+from deepseek_operator.core.model import PodDelete, PodView
+from deepseek_operator.core.situation import ALIVE, Decision, Situation, Slot
+
+REFUSED_RETRY_S = 15.0
+
+
+def account(s: Situation) -> Decision | None:
+    """Failed and lost pods: count once, raise the attempt, fence and force-delete what is lost.
+
+    Pods that fail together are one failure, named by the one closest to the cause. A lost pod is
+    replaced when the cluster no longer shows it, so a slot never shows two living pods.
+    """
+    lost, failed = s.in_state("lost"), s.in_state("failed")
+    news = [slot.pod for slot in (*lost, *failed) if slot.pod and s.is_news(slot.pod)]
+    if news and s.in_state("vacant") and not s.observed.refused:
+        # A cache that lags may hide a living pod of this attempt: no new attempt before it shows.
+        return None
+    if not news:
+        return _forget(s, lost) if lost else None
+    failure = min((_classify(s, pod) for pod in news), key=lambda f: f.severity)
+    if len(news) > 1:
+        failure = _together(failure, len(news))
+    after = failures.record(s, failure, generation=_ended_generation(s, news))
+    after = after.model_copy(update={"attempt": after.attempt + 1})
+    spent = failures.over_budget(s, failure, after)
+    if spent:
+        return Decision(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+    forgotten = _forget(s, lost)
+    return Decision(
+        status=after,
+        fence=forgotten.fence,
+        end_generation=_end_if_member(s, news),
+        creates=gang(s, [slot.index for slot in failed], after),
+        deletes=forgotten.deletes,
+    )
+
+
+def fill(s: Situation) -> Decision | None:
+    """Slots without a pod get one, under the current attempt."""
+    vacant = [slot.index for slot in s.in_state("vacant")]
+    if not vacant or s.observed.refused:
+        return None
+    return Decision(creates=gang(s, vacant, s.status))
+
+
+def retry(s: Situation) -> Decision | None:
+    """What the cluster refused (a quota, a policy) is tried again when nothing else is to do."""
+    vacant = [slot.index for slot in s.in_state("vacant")]
+    if not vacant:
+        return None
+    return Decision(creates=gang(s, vacant, s.status), requeue_after_s=REFUSED_RETRY_S)
+
+
+def respawn(s: Situation) -> Decision | None:
+    """A pod that ended well while its gang goes on is needed again, under a new attempt."""
+    ended = s.in_state("succeeded")
+    rest = [slot for slot in s.slots if slot.state != "succeeded"]
+    winding_down = all(slot.state in ("running", "done", "starting") for slot in rest)
+    if not ended or winding_down or s.in_state("vacant", "failed", "lost"):
+        return None
+    after = s.status.model_copy(update={"attempt": s.status.attempt + 1})
+    return Decision(status=after, creates=gang(s, [e.index for e in ended], after))
+
+
+def tidy(s: Situation) -> Decision | None:
+    """Pods that hold no slot go: those above the target size, doubles, logs older than the last."""
+    keep = _last_logs(s)
+    lost = [p for p in s.surplus if p.uid in s.lost_surplus]
+    others = [
+        p for p in s.surplus if not p.deleting and p.uid not in s.lost_surplus and p.uid not in keep
+    ]
+    stale = [slot.pod for slot in s.in_state("starting") if slot.pod and _avoids_in_vain(s, slot)]
+    if not lost and not others and not stale:
+        return None
+    return Decision(
+        fence=tuple(p.uid for p in lost),
+        deletes=(
+            *(PodDelete(name=p.name, uid=p.uid, grace_s=0) for p in lost),
+            *(PodDelete(name=p.name, uid=p.uid) for p in (*others, *stale)),
+        ),
+    )
+
+
+def _classify(s: Situation, pod: PodView) -> Failure:
+    return failures.of_failed_pod(pod) if pod.finished else failures.of_lost_pod(pod)
+
+
+def _together(failure: Failure, count: int) -> Failure:
+    return Failure(
+        failure_class=failure.failure_class,
+        reason=failure.reason,
+        message=f"{failure.message} ({count} pods together)",
+        node=failure.node,
+        pod=failure.pod,
+        exit_code=failure.exit_code,
+    )
+
+
+def _forget(s: Situation, lost: tuple[Slot, ...]) -> Decision:
+    pods = [slot.pod for slot in lost if slot.pod]
+    return Decision(
+        fence=tuple(p.uid for p in pods),
+        end_generation=_end_if_member(s, pods),
+        deletes=tuple(PodDelete(name=p.name, uid=p.uid, grace_s=0) for p in pods),
+    )
+
+
+def _end_if_member(s: Situation, pods: list[PodView]) -> int | None:
+    if s.membership and any(p.uid in s.membership.pod_uids for p in pods):
+        return s.membership.generation
+    return None
+
+
+def _ended_generation(s: Situation, news: list[PodView]) -> int:
+    """The generation that these failures ended: none while a gang without them goes on."""
+    if s.membership and not any(p.uid in s.membership.pod_uids for p in news):
+        return 0
+    return s.status.generation
+
+
+def _last_logs(s: Situation) -> set[str]:
+    """Of each slot whose holder still runs, the newest pod that has ended."""
+    newest: dict[int, PodView] = {}
+    holders = {slot.index: slot for slot in s.slots}
+    for pod in s.surplus:
+        holder = holders.get(pod.slot)
+        if holder is None or not pod.finished or (holder.pod and holder.pod.finished):
+            continue
+        if pod.slot not in newest or pod.attempt > newest[pod.slot].attempt:
+            newest[pod.slot] = pod
+    return {pod.uid for pod in newest.values()}
+
+
+def _avoids_in_vain(s: Situation, slot: Slot) -> bool:
+    """Whether a pod finds no node because it was made to avoid one that is good again."""
+    pod = slot.pod
+    if pod is None or slot.state not in ALIVE or pod.node or not pod.unschedulable:
+        return False
+    return bool(set(pod.excluded_nodes) - set(failures.excluded_nodes(s, s.status)))

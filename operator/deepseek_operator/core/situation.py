@@ -1,0 +1,271 @@
+"""What is going on, derived once per plan: which pod holds which slot, in which state.
+
+Rules read a `Situation` and answer with a `Decision`; neither holds anything that is not computed
+from the training, the caches and the coordinator's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from dstrain_api.quantities import duration_s
+from dstrain_api.rules import allowed_replicas
+from dstrain_api.spec import DeepSeekTrainingSpec
+from dstrain_api.status import DeepSeekTrainingStatus
+
+from deepseek_operator.core.model import (
+    Event,
+    Gathering,
+    Manifest,
+    Membership,
+    MemberView,
+    Observed,
+    PodDelete,
+    PodView,
+    Settings,
+    Training,
+)
+
+NODE_LOST = "NodeLost"
+
+# A listener that hears nobody at all is more likely deaf than alone: wait this much longer.
+DEAF_FACTOR = 6.0
+
+SlotState = Literal[
+    "vacant",  # nothing there: make a pod under the current attempt
+    "blocked",  # a pod of an earlier training still has the name
+    "leaving",  # its pod is being deleted
+    "failed",  # its pod ended badly and that is not accounted for yet
+    "succeeded",  # its pod ended well
+    "lost",  # its pod is on a node that cannot be reached
+    "starting",  # its pod is alive, and has not been heard of
+    "joining",
+    "running",
+    "done",
+]
+ALIVE: frozenset[SlotState] = frozenset({"starting", "joining", "running", "done"})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the gang and who holds it."""
+
+    index: int
+    state: SlotState
+    pod: PodView | None = None
+    member: MemberView | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a rule wants: a `Plan` whose status holds only the facts that must last.
+
+    `status` None means that no such fact has changed.
+    """
+
+    status: DeepSeekTrainingStatus | None = None
+    membership: Membership | None = None
+    end_generation: int | None = None
+    fence: tuple[str, ...] = ()
+    creates: tuple[Manifest, ...] = ()
+    deletes: tuple[PodDelete, ...] = ()
+    delete_training: bool = False
+    stop: bool = False
+    events: tuple[Event, ...] = ()
+    requeue_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A valid training, and what is observed of it."""
+
+    training: Training
+    spec: DeepSeekTrainingSpec
+    observed: Observed
+    settings: Settings
+    now_s: float
+    desired: int
+    doubt: bool  # somebody may be lost: look again although nothing may be heard
+    slots: tuple[Slot, ...] = ()
+    surplus: tuple[PodView, ...] = ()  # pods that hold no slot
+    lost_surplus: frozenset[str] = frozenset()  # uids of those that cannot be reached
+
+    @property
+    def status(self) -> DeepSeekTrainingStatus:
+        """The durable facts, as last written."""
+        return self.training.status
+
+    @property
+    def gathering(self) -> Gathering:
+        """What the coordinator knows."""
+        return self.observed.gathering
+
+    @property
+    def membership(self) -> Membership | None:
+        """The current generation, if one is formed."""
+        return self.observed.gathering.membership
+
+    @cached_property
+    def heartbeat_timeout_s(self) -> float:
+        """Silence that makes a member lost."""
+        return duration_s(self.spec.recovery.heartbeat_timeout)
+
+    @cached_property
+    def min_replicas(self) -> int:
+        """Fewest workers to train with."""
+        elastic = self.spec.elastic
+        return min(elastic.min_replicas, self.desired) if elastic else self.desired
+
+    @cached_property
+    def allowed(self) -> Callable[[int], bool]:
+        """Whether that many workers can train together."""
+        return allowed_replicas(self.spec)
+
+    @cached_property
+    def accounted(self) -> bool:
+        """Whether the end of the newest generation is in the history already."""
+        return any(h.generation == self.status.generation for h in self.status.history)
+
+    def in_state(self, *states: SlotState) -> tuple[Slot, ...]:
+        """The slots in one of these states."""
+        return tuple(s for s in self.slots if s.state in states)
+
+    def is_news(self, pod: PodView) -> bool:
+        """Whether the failure of this pod is not accounted for yet.
+
+        Accounting raises the attempt, so a failed pod of the current attempt is always news. An
+        older one is news if it took part in a generation whose end is not in the history.
+        """
+        if pod.attempt >= self.status.attempt:
+            return True
+        if self.membership and pod.uid not in self.membership.pod_uids:
+            return False
+        return not self.accounted
+
+
+def desired_replicas(spec: DeepSeekTrainingSpec) -> int:
+    """Worker pods wanted, within the bounds of `elastic`."""
+    elastic = spec.elastic
+    if elastic is None:
+        return spec.workers.replicas
+    return max(elastic.min_replicas, min(elastic.max_replicas, spec.workers.replicas))
+
+
+def survey(
+    training: Training,
+    spec: DeepSeekTrainingSpec,
+    observed: Observed,
+    settings: Settings,
+    now_s: float,
+) -> Situation:
+    """Give every pod its place."""
+    desired = desired_replicas(spec)
+    own = [p for p in observed.pods if p.training_uid == training.uid]
+    foreign = {p.name for p in observed.pods if p.training_uid != training.uid}
+    reach = Reach(
+        training.status, observed, duration_s(spec.recovery.heartbeat_timeout), own, now_s
+    )
+    doubt = any(reach.doubtful(p) and not reach.lost(p) for p in own)
+    bare = Situation(training, spec, observed, settings, now_s, desired, doubt)
+    by_slot: dict[int, list[PodView]] = {}
+    for pod in own:
+        by_slot.setdefault(pod.slot, []).append(pod)
+    slots = tuple(
+        _slot(index, by_slot.get(index, []), bare, reach, foreign) for index in range(desired)
+    )
+    held = {slot.pod.uid for slot in slots if slot.pod}
+    surplus = tuple(p for p in own if p.uid not in held)
+    lost_surplus = frozenset(p.uid for p in surplus if reach.lost(p))
+    return replace(bare, slots=slots, surplus=surplus, lost_surplus=lost_surplus)
+
+
+class Reach:
+    """Which pods cannot be reached. Unknown is not bad: it takes silence or a node down."""
+
+    def __init__(
+        self,
+        status: DeepSeekTrainingStatus,
+        observed: Observed,
+        timeout_s: float,
+        own: Iterable[PodView],
+        now_s: float,
+    ) -> None:
+        self._nodes = observed.nodes
+        self._timeout_s = timeout_s
+        self._listening_s = observed.gathering.listening_s
+        self._now_s = now_s
+        self.members = {m.pod_uid: m for m in observed.gathering.members}
+        self._condemned = {h.pod for h in status.history if h.reason == NODE_LOST}
+        heard_of = [m for p in own if not p.finished and (m := self.members.get(p.uid)) is not None]
+        deaf = len(heard_of) > 1 and all(m.silent_s > timeout_s for m in heard_of)
+        self._silence_s = timeout_s * DEAF_FACTOR if deaf else timeout_s
+
+    def lost(self, pod: PodView) -> bool:
+        """Whether to take the pod for dead although the cluster still shows it."""
+        if pod.finished or not pod.node:
+            return False
+        member = self.members.get(pod.uid)
+        node = self._nodes.get(pod.node)
+        if node is not None and not node.ready:
+            return self._silent_s(pod) > self._timeout_s
+        if pod.deleting:  # its kubelet is there and ends it
+            return False
+        if member is None:
+            return pod.name in self._condemned  # decided before, and not finished
+        return member.state != "done" and member.silent_s > self._silence_s
+
+    def doubtful(self, pod: PodView) -> bool:
+        """Whether a pod that is not lost may soon be, without any further news of it."""
+        node = self._nodes.get(pod.node)
+        down = node is not None and not node.ready
+        return not pod.finished and (down or self._silent_s(pod, unknown_s=0) > self._timeout_s)
+
+    def _silent_s(self, pod: PodView, unknown_s: float | None = None) -> float:
+        member = self.members.get(pod.uid)
+        if member:
+            return member.silent_s
+        if unknown_s is not None:
+            return unknown_s
+        return min(self._listening_s, self._now_s - pod.created_at_s)
+
+
+def _slot(index: int, pods: list[PodView], s: Situation, reach: Reach, foreign: set[str]) -> Slot:
+    alive = [p for p in pods if not p.finished and not p.deleting]
+    if alive:
+        pod = max(alive, key=lambda p: (p.uid in reach.members, p.attempt))
+        member = reach.members.get(pod.uid)
+        return Slot(index, "lost" if reach.lost(pod) else _member_state(member), pod, member)
+    leaving = [p for p in pods if not p.finished]
+    if leaving:
+        pod = max(leaving, key=lambda p: p.attempt)
+        return Slot(
+            index, "lost" if reach.lost(pod) else "leaving", pod, reach.members.get(pod.uid)
+        )
+    if pods:
+        return _ended(index, max(pods, key=lambda p: (p.attempt, p.created_at_s)), s)
+    name_is_taken = pod_name(s.training.name, index, max(s.status.attempt, 1)) in foreign
+    return Slot(index, "blocked" if name_is_taken else "vacant")
+
+
+def _member_state(member: MemberView | None) -> SlotState:
+    if member is None or member.state == "leaving":
+        return "starting"
+    return member.state
+
+
+def _ended(index: int, pod: PodView, s: Situation) -> Slot:
+    if pod.deleting and pod.attempt >= s.status.attempt:
+        return Slot(index, "leaving", pod)  # its name is free in a moment
+    if pod.phase == "Succeeded" and not pod.deleting:
+        return Slot(index, "succeeded", pod)
+    if not pod.deleting and s.is_news(pod):
+        return Slot(index, "failed", pod)
+    return Slot(index, "vacant", pod)
+
+
+def pod_name(training: str, slot: int, attempt: int) -> str:
+    """Name of a worker pod: deterministic, so that making it twice makes it once."""
+    return f"{training}-{slot}-{attempt}"
