@@ -26,8 +26,11 @@ DAEMONS = frozenset(
         "kube-proxy",
         "kube-scheduler",
         "kubelet",
-        # What they are called for a moment on their way.
+        # What daemons are called for a moment on their way, and what works on the folder for us:
+        # it may go on after we were killed.
+        "cp",
         "nsenter",
+        "openssl",
         "setsid",
     }
 )
