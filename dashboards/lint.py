@@ -91,7 +91,7 @@ def _of_panel(panel: Json) -> Iterator[str]:
     if panel.get("datasource") != DATASOURCE:
         yield "does not use the data source variable"
     unit = panel["fieldConfig"]["defaults"].get("unit", "")
-    if unit not in UNITS and not unit.startswith("suffix:"):
+    if unit not in UNITS and not unit.startswith("si:"):
         yield f"unit {unit!r} is not one of Grafana's"
 
 

@@ -27,7 +27,7 @@ DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasourc
 PANEL_HEIGHT = 7  # grid units of 30 pixels; the grid is 24 units wide
 STAT_HEIGHT = 4
 
-Kind = Literal["stat", "timeseries"]
+Kind = Literal["stat", "lines", "bars"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,17 @@ class Query:
 class Panel:
     """One question; `empty` says when no series answers it, if the metrics do not say so already.
 
-    `colors` maps names of series, for a stat that shows the name instead of the value.
+    `zero`: the axis begins there. `colors` maps names of series, for a stat that shows the name
+    instead of the value.
     """
 
     title: str
     description: str
     unit: str
     queries: tuple[Query, ...]
-    kind: Kind = "timeseries"
+    kind: Kind = "lines"
     width: int = 8
+    zero: bool = True
     maximum: float | None = None
     decimals: int | None = None
     empty: str = ""
@@ -197,6 +199,8 @@ def _stat(panel: Panel) -> stat.Panel:
     )
     if panel.colors:
         built = built.text_mode(common_models.BigValueTextMode.NAME)
+    elif _has_legend(panel):
+        built = built.text_mode(common_models.BigValueTextMode.VALUE_AND_NAME)
     for name, color in panel.colors.items():
         fixed = {"mode": "fixed", "fixedColor": color}
         built = built.override_by_name(name, [models.DynamicConfigValue("color", fixed)])
@@ -204,16 +208,23 @@ def _stat(panel: Panel) -> stat.Panel:
 
 
 def _timeseries(panel: Panel) -> timeseries.Panel:
-    return (
+    built = (
         timeseries.Panel()
         .line_width(1)
         .fill_opacity(0)
         .show_points(common_models.VisibilityMode.AUTO)
         .legend(
             common.VizLegendOptions()
-            .show_legend(len(panel.queries) > 1 or "{{" in panel.queries[0].legend)
+            .show_legend(_has_legend(panel))
             .display_mode(common_models.LegendDisplayMode.LIST)
             .placement(common_models.LegendPlacement.BOTTOM)
         )
         .tooltip(common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI))
     )
+    if panel.kind == "bars":
+        built = built.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60)
+    return built.axis_soft_min(0) if panel.zero else built
+
+
+def _has_legend(panel: Panel) -> bool:
+    return len(panel.queries) > 1 or "{{" in panel.queries[0].legend

@@ -19,6 +19,15 @@ def _quantiles(histogram: str, selector: str = _OF) -> tuple[Query, ...]:
     )
 
 
+def _quantiles_shown(histogram: str) -> tuple[Query, ...]:
+    """Of rare events: over all of the time shown, without an answer where there was none."""
+    buckets = f"sum by (le) (increase({histogram}_bucket{_OF}[$__range]))"
+    return tuple(
+        Query(f"histogram_quantile({q}, {buckets}) >= 0", legend)
+        for q, legend in ((0.5, "median"), (0.95, "95th percentile"))
+    )
+
+
 def _recoveries(part: str) -> str:
     metric = f"dstrain_training_recovery_duration_seconds_{part}"
     return f"sum(increase({metric}{_OF}[$__range]))"
@@ -58,16 +67,16 @@ _HEALTH = Row(
             (Query(f"max(dstrain_training_eta_seconds{_OF})"),),
             kind="stat",
             width=3,
-            decimals=0,
+            decimals=1,
         ),
         Panel(
             "Throughput",
             "Tokens per second of all workers over the last steps.",
-            "suffix: tok/s",
+            "si:tok/s",
             (Query(f"max(dstrain_throughput_tokens_per_second{_OF})"),),
             kind="stat",
             width=3,
-            decimals=0,
+            decimals=1,
         ),
         Panel(
             "MFU",
@@ -104,7 +113,7 @@ _HEALTH = Row(
             (Query(f"time() - max(dstrain_training_last_checkpoint_timestamp_seconds{_OF})"),),
             kind="stat",
             width=3,
-            decimals=0,
+            decimals=1,
         ),
     ),
 )
@@ -115,7 +124,7 @@ _CURVES = Row(
         Panel(
             "Throughput",
             "Tokens per second of all workers. A dip is a restart, a checkpoint or slow data.",
-            "suffix: tok/s",
+            "si:tok/s",
             (Query(f"sum(rate(dstrain_tokens_total{_OF}[$__rate_interval]))", "tokens"),),
         ),
         Panel(
@@ -123,6 +132,7 @@ _CURVES = Row(
             "Training loss, in nats per token. It steps back where a restart repeats steps.",
             "none",
             (Query(f"max(dstrain_loss{_OF})", "loss"),),
+            zero=False,
         ),
         Panel(
             "Step time",
@@ -151,6 +161,7 @@ _CURVES = Row(
                     f"sum(increase(dstrain_skipped_steps_total{_OF}[$__rate_interval]))", "skipped"
                 ),
             ),
+            kind="bars",
         ),
         Panel(
             "Steps",
@@ -161,22 +172,31 @@ _CURVES = Row(
                 Query(f"max(dstrain_training_last_checkpoint_step{_OF})", "in a checkpoint"),
                 Query(f"max(dstrain_total_steps{_OF})", "goal"),
             ),
-            width=12,
+            width=16,
         ),
         Panel(
             "Checkpoint save time",
-            "From the start of a save to its commit; a gap means that no save ended.",
+            "From the start of a save to its commit, over the saves in the time shown.",
             "s",
-            _quantiles("dstrain_checkpoint_save_duration_seconds"),
-            width=12,
+            _quantiles_shown("dstrain_checkpoint_save_duration_seconds"),
+            kind="stat",
+            decimals=1,
+            empty="before the first save",
         ),
     ),
 )
 
 
-def _gpu(title: str, description: str, unit: str, metric: str, **more: float) -> Panel:
+def _gpu(
+    title: str,
+    description: str,
+    unit: str,
+    metric: str,
+    maximum: float | None = None,
+    zero: bool = True,
+) -> Panel:
     query = Query(f"{metric}{_OF}", "{{pod}} GPU {{gpu}}")
-    return Panel(title, description, unit, (query,), maximum=more.get("maximum"))
+    return Panel(title, description, unit, (query,), maximum=maximum, zero=zero)
 
 
 _GPUS = Row(
@@ -212,12 +232,14 @@ _GPUS = Row(
             "Of the GPU die. Clocks fall when it is too hot.",
             "celsius",
             "dstrain_gpu_temperature_celsius",
+            zero=False,
         ),
         _gpu(
             "SM clock",
             "Clock of the streaming multiprocessors. A drop under load is throttling.",
             "hertz",
             "dstrain_gpu_sm_clock_hertz",
+            zero=False,
         ),
         Panel(
             "XID errors",
@@ -229,6 +251,7 @@ _GPUS = Row(
                     "{{pod}} GPU {{gpu}}",
                 ),
             ),
+            kind="bars",
         ),
     ),
     note=(
@@ -252,6 +275,7 @@ _RECOVERY = Row(
                     "{{failure_class}}",
                 ),
             ),
+            kind="bars",
         ),
         Panel(
             "Mean recovery time",
@@ -286,12 +310,17 @@ _RECOVERY = Row(
                 Query(f"max(dstrain_generation{_OF})", "newest"),
                 Query(f"min(dstrain_generation{_OF})", "oldest"),
             ),
+            zero=False,
         ),
         Panel(
             "Rendezvous time",
-            "From a pod's wish for a generation to its place in it.",
+            "From a pod's wish for a generation to its place in it, over the time shown. The first "
+            "rendezvous of a pod that is new to Prometheus is not in it.",
             "s",
-            _quantiles("dstrain_rendezvous_duration_seconds"),
+            _quantiles_shown("dstrain_rendezvous_duration_seconds"),
+            kind="stat",
+            decimals=1,
+            empty="before the first restart",
         ),
         Panel(
             "Worker restarts",
@@ -303,6 +332,7 @@ _RECOVERY = Row(
                     "restarts",
                 ),
             ),
+            kind="bars",
         ),
     ),
 )
