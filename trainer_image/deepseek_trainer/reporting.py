@@ -61,6 +61,11 @@ def report(
     _send(record)
 
 
+def report_metrics(metrics: dict[str, float]) -> None:
+    """Say further figures by their names in `dstrain_api.metrics`, on rank 0."""
+    _send({"metrics": metrics})
+
+
 def report_done() -> None:
     """Say that this process has reached its end and the last checkpoint is committed."""
     _send({"done": True})

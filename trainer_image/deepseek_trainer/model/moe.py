@@ -22,8 +22,8 @@ class MixtureOfExperts(nn.Module):
     """Routed and shared experts; the inner width of all of them is split over the tensor group. No
     token is dropped.
 
-    `expert_bias` steers the choice of experts, never their weight; `balance` moves it after an
-    optimizer step by the load that `load_e` counts.
+    `expert_bias` steers the choice of experts, never their weight; it is moved after an optimizer
+    step by the load that `take_load` counted.
     """
 
     expert_bias: torch.Tensor
@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         self.expert_down = nn.Parameter(torch.empty(moe.experts, moe.ffn, a.hidden))
         self.shared = FeedForward(a.hidden, moe.shared * moe.ffn, group) if moe.shared else None
         self.register_buffer("expert_bias", torch.empty(moe.experts, dtype=torch.float32))
-        self.load_e: torch.Tensor | None = None
+        self._load_e: torch.Tensor | None = None
 
     def forward(self, x_btd: torch.Tensor, balance_factor: float) -> torch.Tensor:
         """[B, T, D] to [B, T, D]; `balance_factor` scales the gradient of the sequence-wise balance
@@ -51,7 +51,7 @@ class MixtureOfExperts(nn.Module):
         expert_nk, weight_nk = route(score_ne, self.expert_bias, moe)
         count_be = _count(expert_nk.unflatten(0, x_btd.shape[:2]).flatten(1), moe.experts)
         load_e = count_be.sum(0)
-        self.load_e = load_e if self.load_e is None else self.load_e + load_e
+        self._load_e = load_e if self._load_e is None else self._load_e + load_e
         if moe.sequence_loss_weight and self.training:
             loss = sequence_balance_loss(score_ne.unflatten(0, x_btd.shape[:2]), count_be, moe)
             weight_nk = _InjectLoss.apply(  # type: ignore[no-untyped-call]
@@ -62,6 +62,11 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             out_nd = out_nd + self.shared.part(x_nd)
         return leave(self.group, out_nd).view_as(x_btd)
+
+    def take_load(self) -> torch.Tensor:
+        """Tokens per expert since the last call, int64 [E]."""
+        load_e, self._load_e = self._load_e, None
+        return torch.zeros_like(self.expert_bias, dtype=torch.int64) if load_e is None else load_e
 
     def _experts(
         self,

@@ -80,7 +80,7 @@ class Checkpointer:
             files = {name: facts for part in parts for name, facts in part.items()}
             files[".metadata"] = manifests.describe(draft / ".metadata")
             manifests.write(draft, self._manifest(progress, files))
-            self.committer.submit(progress.step, draft)
+            self.committer.submit(progress.step, draft, began_s=begin)
         return time.monotonic() - begin
 
     def settle(self) -> bool:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def ask_coordinator(step: int, uri: str) -> Verdict:
 class _Draft:
     step: int
     path: Path
+    began_s: float
 
 
 class Committer:
@@ -77,7 +79,8 @@ class Committer:
         folder: of the training.
         ask: question to the coordinator; an OSError means: ask again.
         uri: of the folder, for the coordinator's status.
-        committed: called with step and path after each commit, in the background thread.
+        committed: called after each commit, in the background thread, with the step and the seconds
+            since its save began.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Committer:
         *,
         ask: Callable[[int, str], Verdict],
         uri: str,
-        committed: Callable[[int, Path], None],
+        committed: Callable[[int, float], None],
     ) -> None:
         self._folder = folder
         self._ask = ask
@@ -99,8 +102,8 @@ class Committer:
         self._failure: Exception | None = None
         threading.Thread(target=self._run, name="committer", daemon=True).start()
 
-    def submit(self, step: int, draft: Path) -> None:
-        """Commit a complete draft as soon as the coordinator agrees.
+    def submit(self, step: int, draft: Path, *, began_s: float) -> None:
+        """Commit a complete draft as soon as the coordinator agrees; `began_s` is monotonic time.
 
         Raises:
             OSError: an earlier commit could not be written.
@@ -110,7 +113,7 @@ class Committer:
                 raise self._failure
             if self._waiting:
                 shutil.rmtree(self._waiting.path)
-            self._waiting = _Draft(step, draft)
+            self._waiting = _Draft(step, draft, began_s)
             self._changed.notify_all()
 
     def wait(self) -> Verdict:
@@ -147,8 +150,8 @@ class Committer:
         if verdict is None:
             _log.warning("checkpoint of step %d is replaced before it was committed", draft.step)
         elif verdict.accepted:
-            path = self._folder.commit(draft.path, draft.step)
-            self._committed(draft.step, path)
+            self._folder.commit(draft.path, draft.step)
+            self._committed(draft.step, time.monotonic() - draft.began_s)
         else:
             _log.error("commit of step %d was refused: %s", draft.step, verdict.reason)
         if verdict is None or not verdict.accepted:

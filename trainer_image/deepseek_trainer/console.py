@@ -1,0 +1,109 @@
+"""What a rank says of its progress: figures to the pod's agent, lines to the log of rank 0."""
+
+import logging
+import time
+from collections import deque
+from typing import Final
+
+from dstrain_api.config import TrainerConfig
+
+from deepseek_trainer import reporting
+from deepseek_trainer.flops import flops_per_token, peak_flops
+from deepseek_trainer.optim.totals import StepTotals
+from deepseek_trainer.parallel.mesh import Mesh
+from deepseek_trainer.state.checkpoint import Progress
+
+_log = logging.getLogger(__name__)
+_REPORT_EVERY_S: Final = 0.25
+_PRINT_EVERY_S: Final = 2.0
+_WINDOW_STEPS: Final = 20
+
+
+class Console:
+    """Tells how far the training is, a few times per second at most.
+
+    Args:
+        config: of the training.
+        mesh: rank 0 speaks for all; the others report their own step only.
+        total_steps: steps until complete.
+        resumed_step: step that this generation resumed from; 0 from scratch.
+    """
+
+    def __init__(
+        self, config: TrainerConfig, mesh: Mesh, *, total_steps: int, resumed_step: int
+    ) -> None:
+        self._first = mesh.rank == 0
+        self._total_steps = total_steps
+        self._resumed_step = resumed_step
+        self._tokens_per_step = config.training.global_batch * config.data.sequence_length
+        peak = peak_flops(mesh.device, config.precision.compute)
+        flops = flops_per_token(config.architecture, config.data.sequence_length)
+        self._mfu_per_rate = flops / (peak * mesh.world) if peak else None
+        self._ends_s = deque([time.monotonic()], maxlen=_WINDOW_STEPS + 1)
+        self._skipped = 0
+        self._next_report_s = self._next_print_s = 0.0
+        if self._first:
+            start = f"resumed at step {resumed_step}" if resumed_step else "from scratch"
+            layout = ", ".join(f"{name} {size}" for name, size in mesh.layout.to_json().items())
+            _log.info("training %s to step %d; %s", start, total_steps, layout)
+
+    def step(
+        self, progress: Progress, totals: StepTotals, learning_rate: float, *, last: bool
+    ) -> None:
+        """A step was taken or skipped."""
+        self._skipped += not totals.finite
+        now_s = time.monotonic()
+        self._ends_s.append(now_s)
+        if last or now_s >= self._next_report_s:
+            self._next_report_s = now_s + _REPORT_EVERY_S
+            self._report(progress, totals, learning_rate)
+        if self._first and (last or now_s >= self._next_print_s):
+            self._next_print_s = now_s + _PRINT_EVERY_S
+            _log.info(
+                "step %d/%d  loss %.4f  norm %.3f  lr %.2e  %.0f tok/s",
+                progress.step,
+                self._total_steps,
+                totals.loss_sum / self._tokens_per_step,
+                totals.norm,
+                learning_rate,
+                self._rate(),
+            )
+
+    def saved(self, progress: Progress, stall_s: float) -> None:
+        """A checkpoint was written; its commit goes on in the background."""
+        if self._first:
+            _log.info("step %d is written; training stood still for %.2f s", progress.step, stall_s)
+
+    def _report(self, progress: Progress, totals: StepTotals, learning_rate: float) -> None:
+        rate = self._rate()
+        reporting.report(
+            step=progress.step,
+            loss=totals.loss_sum / self._tokens_per_step,
+            tokens=progress.tokens,
+            total_steps=self._total_steps,
+            tokens_per_second=rate,
+            step_seconds=self._ends_s[-1] - self._ends_s[-2],
+            mfu=None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
+            resumed_step=self._resumed_step,
+            metrics={
+                "dstrain_grad_norm": totals.norm,
+                "dstrain_learning_rate": learning_rate,
+                "dstrain_skipped_steps_total": self._skipped,
+            },
+        )
+
+    def _rate(self) -> float:
+        """Tokens per second over the last steps, with whatever stood between them."""
+        steps = len(self._ends_s) - 1
+        return self._tokens_per_step * steps / (self._ends_s[-1] - self._ends_s[0])
+
+
+def report_commit(step: int, save_s: float) -> None:
+    """A checkpoint became the one to resume from, `save_s` seconds after its save began."""
+    _log.info("step %d is committed, %.2f s after its save began", step, save_s)
+    reporting.report_metrics(
+        {
+            "dstrain_checkpoint_last_step": step,
+            "dstrain_checkpoint_save_duration_seconds": save_s,
+        }
+    )
