@@ -27,6 +27,7 @@ HELM = "3.22.0"
 # ("RequestWatchProgress is disabled").
 ETCD = "3.7.3"
 COREDNS = "1.15.0"
+GO = "1.26.0"
 
 BUILD_TIMEOUT_S = 3600
 
@@ -146,7 +147,8 @@ def _make_module(source: Source, module: Path) -> None:
     """A module that needs the programs: `go install` refuses those whose module has replaces."""
     at = f"{source.module}@v{source.version}"
     _go(module, "mod", "init", "dstrain.test/programs")
-    _go(module, "mod", "edit", f"-require={at}")
+    # `get -tool` is of Go 1.24: an older Go fetches this one first.
+    _go(module, "mod", "edit", f"-go={GO}", f"-require={at}")
     if source.module == "k8s.io/kubernetes":
         # It names its parts by local path, so each needs a replace to its release v0.x.y.
         download = json.loads(_go(module, "mod", "download", "-json", at))
