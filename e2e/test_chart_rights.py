@@ -1,0 +1,136 @@
+"""The chart as a real API server takes it: what it leaves behind, and what the operator may do.
+
+No operator runs here; e2e/test_chart.py shows it at work on a cluster.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from e2e.apiserver import ApiServer, api_server
+from e2e.clusters import programs
+from e2e.clusters.shell import ClusterError, run
+
+CHART = Path(__file__).resolve().parent.parent / "charts" / "deepseek-operator"
+NAMESPACE, RELEASE, FULL_NAME = "dstrain-system", "dstrain", "dstrain-deepseek-operator"
+KEY = f"{FULL_NAME}-token-key"
+TRAINING = {
+    "apiVersion": "dstrain.dev/v1alpha1",
+    "kind": "DeepSeekTraining",
+    "metadata": {"name": "kept", "namespace": "default"},
+    "spec": {"entrypoint": {"module": "m"}},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with api_server(tmp_path_factory.mktemp("chart"), programs.ensure()) as made:
+        made.kubectl("create", "namespace", "team")
+        yield made
+
+
+def helm(server: ApiServer, *arguments: str) -> str:
+    environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig)}
+    return run(programs.ensure() / "helm", *arguments, timeout_s=120, environment=environment)
+
+
+@pytest.fixture
+def installed(server: ApiServer, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The chart with the test's values."""
+    values = [part for value in request.param for part in ("--set", value)]
+    where = ("-n", NAMESPACE, "--create-namespace")
+    helm(server, "upgrade", "--install", RELEASE, str(CHART), *where, *values)
+    yield
+    helm(server, "uninstall", RELEASE, "-n", NAMESPACE)
+
+
+def may(server: ApiServer, verb: str, resource: str, namespace: str) -> bool:
+    account = f"system:serviceaccount:{NAMESPACE}:{FULL_NAME}"
+    arguments = ("auth", "can-i", verb, resource, f"--as={account}", "-n", namespace)
+    try:
+        return server.kubectl(*arguments).strip() == "yes"
+    except ClusterError:  # `no` is exit code 1
+        return False
+
+
+def token_key(server: ApiServer) -> bytes:
+    stored = server.kubectl("-n", NAMESPACE, "get", "secret", KEY, "-o", "jsonpath={.data.key}")
+    return base64.b64decode(stored)
+
+
+everywhere = pytest.mark.parametrize("installed", [()], indirect=True, ids=["everywhere"])
+in_a_team = pytest.mark.parametrize(
+    "installed", [("watchNamespaces={team}",)], indirect=True, ids=["team"]
+)
+
+
+@everywhere
+def test_trainings_and_the_key_of_their_tokens_outlive_upgrade_and_uninstall(
+    server: ApiServer, installed: None
+) -> None:
+    where = ("-n", NAMESPACE)
+    key = token_key(server)
+    assert len(key) == 64
+    server.kubectl("wait", "--for=condition=Established", "crd/deepseektrainings.dstrain.dev")
+    server.kubectl("apply", "-f", "-", stdin=json.dumps(TRAINING))
+    helm(server, "upgrade", RELEASE, str(CHART), *where)
+    assert token_key(server) == key
+    helm(server, "uninstall", RELEASE, *where)
+    assert "kept" in server.kubectl("get", "dst", "-o", "name")
+    helm(server, "install", RELEASE, str(CHART), *where)
+    assert token_key(server) == key
+    assert "kept" in server.kubectl("get", "dst", "-o", "name")
+
+
+@everywhere
+def test_the_operator_has_its_rights_in_every_namespace_and_no_others(
+    server: ApiServer, installed: None
+) -> None:
+    for verb, resource in (
+        ("watch", "pods"),
+        ("create", "pods"),
+        ("delete", "pods"),
+        ("watch", "nodes"),
+        ("watch", "deepseektrainings.dstrain.dev"),
+        ("delete", "deepseektrainings.dstrain.dev"),
+        ("create", "secrets"),
+        ("create", "events"),
+    ):
+        assert may(server, verb, resource, "team"), (verb, resource)
+    for verb, resource in (
+        ("get", "secrets"),
+        ("list", "secrets"),
+        ("delete", "persistentvolumeclaims"),
+        ("patch", "deepseektrainings.dstrain.dev"),
+        ("update", "nodes"),
+        ("create", "deployments.apps"),
+    ):
+        assert not may(server, verb, resource, "team"), (verb, resource)
+
+
+@in_a_team
+def test_limited_to_a_namespace_the_operator_has_its_rights_only_there(
+    server: ApiServer, installed: None
+) -> None:
+    assert may(server, "create", "pods", "team")
+    assert may(server, "watch", "nodes", "team")
+    assert not may(server, "create", "pods", "default")
+    assert not may(server, "watch", "deepseektrainings.dstrain.dev", "default")
+
+
+@everywhere
+def test_a_restricted_namespace_takes_the_operator(server: ApiServer, installed: None) -> None:
+    label = "pod-security.kubernetes.io/enforce=restricted"
+    server.kubectl("label", "--overwrite", "namespace", NAMESPACE, label)
+    arguments = ("-n", NAMESPACE, "get", "deployment", FULL_NAME, "-o", "yaml")
+    template = yaml.safe_load(server.kubectl(*arguments))["spec"]["template"]
+    metadata = {"name": "probe", "namespace": NAMESPACE}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+    server.kubectl("apply", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
