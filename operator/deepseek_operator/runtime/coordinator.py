@@ -179,8 +179,8 @@ class Coordinator:
 
     @contextmanager
     def _changing(self, uid: str) -> Iterator[Roster]:
-        """The controller's own changes are no news to it."""
+        """The controller's own changes are no news to it; a forgotten training takes none."""
         with self._lock:
-            roster = self._rosters[uid]
+            roster = self._rosters.get(uid) or Roster(token="", floor=0, silence_s=0.0)
             yield roster
             roster.changed = False
