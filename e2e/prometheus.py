@@ -19,7 +19,6 @@ from typing import Any, Self
 
 import httpx
 import yaml
-from dstrain_api.constants import LABEL_TRAINING, METRICS_PORT
 
 from e2e.clusters.home import home
 from e2e.clusters.shell import ClusterError, run, wait_until
@@ -87,61 +86,6 @@ def static_job(
         "job_name": name,
         "honor_labels": honor_labels,
         "static_configs": [{"targets": [t], "labels": dict(ls)} for t, ls in targets.items()],
-    }
-
-
-def workers_job(kubeconfig: Path) -> dict[str, Any]:
-    """Every worker pod of a cluster, found as the chart's PodMonitor finds it."""
-    label = _meta("label", LABEL_TRAINING)
-    return _pods_job(
-        "dstrain-worker",
-        kubeconfig,
-        [
-            {"source_labels": [label], "regex": ".+", "action": "keep"},
-            {
-                "source_labels": ["__meta_kubernetes_pod_ip"],
-                "regex": "(.+)",
-                "target_label": "__address__",
-                "replacement": f"$1:{METRICS_PORT}",
-            },
-        ],
-    )
-
-
-def operator_job(kubeconfig: Path, selector: Mapping[str, str], port: int) -> dict[str, Any]:
-    """The operator's pods by their labels; the labels that it emits stay as they are."""
-    keep = [
-        {"source_labels": [_meta("label", label)], "regex": value, "action": "keep"}
-        for label, value in selector.items()
-    ]
-    address = {
-        "source_labels": ["__meta_kubernetes_pod_ip"],
-        "regex": "(.+)",
-        "target_label": "__address__",
-        "replacement": f"$1:{port}",
-    }
-    return {**_pods_job("dstrain-operator", kubeconfig, [*keep, address]), "honor_labels": True}
-
-
-def _meta(kind: str, name: str) -> str:
-    sanitized = "".join(c if c.isalnum() else "_" for c in name)
-    return f"__meta_kubernetes_pod_{kind}_{sanitized}"
-
-
-def _pods_job(name: str, kubeconfig: Path, relabel: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "job_name": name,
-        "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": str(kubeconfig)}],
-        "relabel_configs": [
-            {
-                "source_labels": ["__meta_kubernetes_pod_phase"],
-                "regex": "Running",
-                "action": "keep",
-            },
-            *relabel,
-            {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
-            {"source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod"},
-        ],
     }
 
 

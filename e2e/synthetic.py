@@ -6,10 +6,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import get_args
 
 from dstrain_api.constants import SINGULAR
@@ -24,6 +21,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+METRICS_TYPE = "text/plain; version=0.0.4"
 LABEL_VALUES = {
     "namespace": ("default",),
     "training": ("mini",),
@@ -102,30 +100,3 @@ def _children(metric: Metric, registry: CollectorRegistry) -> list[_Child]:
     values = [LABEL_VALUES[label] for label in metric.labels]
     sets = [dict(zip(metric.labels, chosen, strict=True)) for chosen in itertools.product(*values)]
     return [_Child(metric, ls, family.labels(**ls) if ls else family) for ls in sets]
-
-
-@contextmanager
-def served(exposition: Exposition) -> Iterator[str]:
-    """Serve it on a free port of loopback; `host:port`. Every scrape is a tick."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = exposition.tick().encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Scrapes are not worth a line."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -11,7 +11,8 @@ from dashboards.training import TRAINING
 from e2e.clusters.shell import wait_until
 from e2e.prometheus import Prometheus, check_metrics, static_job
 from e2e.questions import Question, ask, offered, questions, unanswered
-from e2e.synthetic import Exposition, served
+from e2e.serving import serve
+from e2e.synthetic import METRICS_TYPE, Exposition
 
 INTERVAL_S = 0.2
 SCRAPES = 15
@@ -31,9 +32,10 @@ def gpus(request: pytest.FixtureRequest) -> bool:
 def prometheus(gpus: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     pod = {"namespace": "default", "pod": "mini-0-1"}
+    pods, deployment = Exposition("agent", gpus=gpus), Exposition("operator")
     with (
-        served(Exposition("agent", gpus=gpus)) as worker,
-        served(Exposition("operator")) as operator,
+        serve(lambda _: pods.tick(), METRICS_TYPE) as worker,
+        serve(lambda _: deployment.tick(), METRICS_TYPE) as operator,
         Prometheus(
             folder,
             [
