@@ -1,6 +1,6 @@
 """The chart as a real API server takes it: what it leaves behind, and what the operator may do.
 
-No operator runs here; e2e/test_chart.py shows it at work on a cluster.
+There are no nodes here; e2e/test_chart.py shows the chart at work on a cluster.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import yaml
 
 from e2e.apiserver import ApiServer, api_server
 from e2e.clusters import programs
-from e2e.clusters.shell import ClusterError, run
+from e2e.clusters.shell import ClusterError, run, wait_until
 
 CHART = Path(__file__).resolve().parent.parent / "charts" / "deepseek-operator"
 NAMESPACE, RELEASE, FULL_NAME = "dstrain-system", "dstrain", "dstrain-deepseek-operator"
@@ -113,6 +115,76 @@ def test_the_operator_has_its_rights_in_every_namespace_and_no_others(
         ("create", "deployments.apps"),
     ):
         assert not may(server, verb, resource, "team"), (verb, resource)
+
+
+@pytest.fixture
+def operator(server: ApiServer, installed: None, tmp_path: Path) -> Iterator[Path]:
+    """The operator as a process of this machine, with the rights of its account; the log's path."""
+    log = tmp_path / "operator.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("dstrain-operator")],
+            env={**os.environ, **operator_environment(server, tmp_path)},
+            stdout=out,
+            stderr=out,
+        )
+    yield log
+    server.kubectl("-n", "team", "delete", "dst", "--all")
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def operator_environment(server: ApiServer, folder: Path) -> dict[str, str]:
+    """What the chart's Deployment sets, and the credentials of its account."""
+    arguments = ("-n", NAMESPACE, "get", "deployment", FULL_NAME, "-o", "yaml")
+    pod = yaml.safe_load(server.kubectl(*arguments))["spec"]["template"]["spec"]
+    given = {e["name"]: e["value"] for e in pod["containers"][0]["env"] if "value" in e}
+    config = json.loads(server.kubeconfig.read_text())
+    token = server.kubectl("-n", NAMESPACE, "create", "token", FULL_NAME).strip()
+    config["users"][0]["user"]["token"] = token
+    kubeconfig = folder / "operator-kubeconfig"
+    kubeconfig.touch(mode=0o600)
+    kubeconfig.write_text(json.dumps(config))
+    listen = {"DSTRAIN_COORDINATOR_HOST": "127.0.0.1", "DSTRAIN_COORDINATOR_PORT": "0"}
+    key = {"DSTRAIN_TOKEN_KEY": token_key(server).decode()}
+    return {**given, **listen, **key, "KUBECONFIG": str(kubeconfig)}
+
+
+@pytest.mark.parametrize(
+    "installed", [(), ("watchNamespaces={team}",)], indirect=True, ids=["everywhere", "team"]
+)
+def test_these_rights_are_enough_to_begin_and_suspend_a_training(
+    server: ApiServer, operator: Path
+) -> None:
+    namespace = ("-n", "team")
+
+    def pods() -> list[str]:
+        return server.kubectl(*namespace, "get", "pods", "-o", "name").split()
+
+    def condition(kind: str) -> str:
+        path = f"jsonpath={{.status.conditions[?(@.type=='{kind}')].status}}"
+        return server.kubectl(*namespace, "get", "dst", "rights", "-o", path)
+
+    spec = {"entrypoint": {"module": "m"}, "workers": {"replicas": 2}}
+    training = TRAINING | {"metadata": {"name": "rights", "namespace": "team"}, "spec": spec}
+    server.kubectl("wait", "--for=condition=Established", "crd/deepseektrainings.dstrain.dev")
+    server.kubectl("apply", "-f", "-", stdin=json.dumps(training))
+    wait_until(lambda: len(pods()) == 2, "two pods", timeout_s=30)
+    wait_until(lambda: condition("Accepted") == "True", "the status", timeout_s=30)
+    assert (
+        server.kubectl(*namespace, "get", "secret,service,pvc", "-o", "name").count("rights") == 3
+    )
+    server.kubectl(
+        *namespace, "patch", "dst", "rights", "--type=merge", "-p", '{"spec":{"suspend":true}}'
+    )
+    # Without a kubelet a pod that was never scheduled is gone at once.
+    wait_until(lambda: pods() == [], "no pods", timeout_s=30)
+    wait_until(lambda: condition("Suspended") == "True", "the status", timeout_s=30)
+    wait_until(
+        lambda: "Suspended" in server.kubectl(*namespace, "get", "events"), "events", timeout_s=30
+    )
+    log = operator.read_text()
+    assert "orbidden" not in log, log
 
 
 @in_a_team
