@@ -69,7 +69,8 @@ def suspend(s: Situation) -> Decision | None:
     lost = [slot.pod for slot in s.in_state("lost") if slot.pod]
     lost += [p for p in s.surplus if p.uid in s.lost_surplus]
     gone = {p.uid for p in lost}
-    left = {slot.pod.uid for slot in s.slots if slot.pod and slot.state in ALIVE}
+    # Pods that are ending belong to their generation until they have ended: they save meanwhile.
+    left = {slot.pod.uid for slot in s.slots if slot.pod and slot.state in (*ALIVE, "leaving")}
     stays = s.membership and not s.gathering.over and left.issuperset(s.membership.pod_uids)
     end = s.membership.generation if s.membership and not stays else None
     return Decision(
