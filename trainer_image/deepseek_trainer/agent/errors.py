@@ -18,7 +18,9 @@ LAST_LINES = 5  # of stderr, where there is no traceback
 FRAMES = 3  # innermost ones in a fingerprint: the same bug through another caller is the same
 
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch puts it before a traceback
-_TRACEBACK = "Traceback (most recent call last):"
+# At the start of a line: not one that a logger has written behind its own prefix.
+_TRACEBACK = re.compile(r"^Traceback \(most recent call last\):$", re.MULTILINE)
+_CRASH = re.compile(r"^(Fatal Python error: |terminate called )", re.MULTILINE)
 _FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
 _EXCEPTION = re.compile(r"^([A-Za-z_][\w.]*)(:|$)", re.MULTILINE)
 # C++ warnings and the crash handler speak after the traceback.
@@ -52,10 +54,12 @@ def report_of(failures: Sequence[WorkerFailure]) -> ErrorReport:
 
 def error_of(failure: WorkerFailure) -> ErrorReport:
     """A failed process as an error report: the end of its traceback, where there is one."""
-    text = _told(failure.stderr)
+    stderr = _RANK_PREFIX.sub("", failure.stderr)
     if failure.exit_code < 0:
-        text = "\n".join(filter(None, (_signal_text(-failure.exit_code), text)))
-    text = text or f"exited with code {failure.exit_code} and wrote nothing to stderr"
+        text = "\n".join([_signal_text(-failure.exit_code), *_from_last(_CRASH, stderr)])
+    else:
+        lines = _from_last(_TRACEBACK, stderr) or _lines(stderr)[-LAST_LINES:]
+        text = "\n".join(lines) or f"exited with code {failure.exit_code} without a word on stderr"
     return ErrorReport(
         local_rank=failure.local_rank,
         exit_code=failure.exit_code,
@@ -73,26 +77,29 @@ def _blame(error: ErrorReport) -> int:
     return 2 if error.fingerprint == PEER_LOST else 1
 
 
-def _told(stderr: str) -> str:
-    """The last traceback of a program's stderr, else its last lines."""
-    text = _RANK_PREFIX.sub("", stderr)
-    start = text.rfind(_TRACEBACK)
-    lines = [line for line in text[max(start, 0) :].splitlines() if line.strip()]
+def _from_last(mark: re.Pattern[str], text: str) -> list[str]:
+    """The lines from the last `mark` on; none if there is no mark."""
+    starts = [found.start() for found in mark.finditer(text)]
+    return _lines(text[starts[-1] :]) if starts else []
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that say something, without the noise at the end."""
+    lines = [line for line in text.splitlines() if line.strip()]
     while lines and _NOISE.search(lines[-1]):
         lines.pop()
-    return "\n".join(lines if start >= 0 else lines[-LAST_LINES:])
+    return lines
 
 
 def _fingerprint(exit_code: int, text: str) -> str:
-    start = text.rfind(_TRACEBACK)
     if exit_code < 0:
         return f"signal-{-exit_code}"
-    if start < 0:
+    start = _TRACEBACK.search(text)
+    if start is None:
         return PEER_LOST if _PEER.search(text) else f"exit-{exit_code}"
-    traceback = text[start + len(_TRACEBACK) :]
+    traceback = text[start.end() :]
     raised = _EXCEPTION.search(traceback)
-    message = traceback[raised.start() :] if raised else ""
-    if _PEER.search(message):
+    if raised and _PEER.search(traceback[raised.start() :]):
         return PEER_LOST
     frames = _FRAME.findall(traceback)[-FRAMES:]
     identity = repr((raised.group(1) if raised else "", frames))

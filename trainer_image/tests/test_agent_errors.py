@@ -1,0 +1,123 @@
+"""What becomes of a failed worker's exit code and stderr."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from deepseek_trainer.agent.errors import PEER_LOST, WorkerFailure, error_of, report_of
+from dstrain_api.constants import EXIT_RESTART
+from dstrain_api.protocol import ERROR_TEXT_LIMIT
+
+
+def failure(stderr: str = "", *, exit_code: int = 1, local_rank: int = 0) -> WorkerFailure:
+    return WorkerFailure(local_rank=local_rank, exit_code=exit_code, stderr=stderr)
+
+
+def of_program(program: str) -> WorkerFailure:
+    """A program that really ran."""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=False
+    )
+    return failure(ended.stderr, exit_code=ended.returncode)
+
+
+BUG = """
+import sys
+print("some warning before", file=sys.stderr)
+def inner(x):
+    raise ValueError(f"sample {x} is bad\\nlook at line {x}")
+def outer(x):
+    inner(x)
+outer(%d)
+"""
+
+
+def test_the_message_is_the_traceback_to_its_last_line() -> None:
+    message = error_of(of_program(BUG % 7)).message
+    assert message.startswith("Traceback (most recent call last):")
+    assert message.endswith("ValueError: sample 7 is bad\nlook at line 7")
+
+
+def test_the_last_of_chained_tracebacks_counts() -> None:
+    program = "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError('x') from e"
+    message = error_of(of_program(program)).message
+    assert message.endswith("KeyError: 'x'")
+    assert "ZeroDivisionError" not in message
+
+
+def test_ranks_in_front_of_lines_and_warnings_behind_are_left_out() -> None:
+    stderr = (
+        "[rank0]: Traceback (most recent call last):\n"
+        '[rank0]:   File "/app/train.py", line 3, in <module>\n'
+        "[rank0]: RuntimeError: no\n"
+        "[rank0]:[W1121 14:00:00.000 ProcessGroupNCCL.cpp:1] Warning: destroy_process_group()\n"
+    )
+    assert error_of(failure(stderr)).message.endswith("\nRuntimeError: no")
+
+
+def test_a_traceback_that_was_only_logged_is_not_the_end() -> None:
+    stderr = "W1121 x.py:1] Traceback (most recent call last):\nW1121 x.py:1] KeyError: 1\nbye\n"
+    assert error_of(failure(stderr)).message.endswith("bye")
+
+
+def test_without_a_traceback_the_last_lines_speak() -> None:
+    error = error_of(of_program("import sys; sys.exit('no such file: corpus.bin')"))
+    assert (error.message, error.fingerprint) == ("no such file: corpus.bin", "exit-1")
+
+
+def test_a_silent_exit_is_told_by_its_code() -> None:
+    assert error_of(failure(exit_code=3)).message == "exited with code 3 without a word on stderr"
+
+
+def test_a_killed_process_is_told_by_its_signal_alone() -> None:
+    stderr = "Traceback (most recent call last):\nKeyError: handled long ago\n"
+    error = error_of(failure(stderr, exit_code=-signal.SIGKILL))
+    assert error.message == "killed by SIGKILL (the kernel does this when memory runs out)"
+
+
+def test_a_crash_says_where() -> None:
+    program = "import faulthandler, os; faulthandler.enable(); os.kill(os.getpid(), 11)"
+    error = error_of(of_program(program))
+    assert error.message.startswith("killed by SIGSEGV\nFatal Python error: Segmentation fault")
+    assert error.fingerprint == "signal-11"
+
+
+def test_the_end_of_a_long_text_is_kept() -> None:
+    message = error_of(of_program("raise ValueError('x' * 10_000 + 'end')")).message
+    assert (len(message), message[-3:]) == (ERROR_TEXT_LIMIT, "end")
+
+
+def test_the_same_bug_has_the_same_fingerprint_whatever_its_message() -> None:
+    assert error_of(of_program(BUG % 7)).fingerprint == error_of(of_program(BUG % 8)).fingerprint
+
+
+def test_another_place_has_another_fingerprint() -> None:
+    elsewhere = BUG.replace("def outer", "\ndef outer") % 7
+    assert error_of(of_program(BUG % 7)).fingerprint != error_of(of_program(elsewhere)).fingerprint
+
+
+@pytest.mark.parametrize(
+    "last_line",
+    [
+        "RuntimeError: [../gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]",
+        "torch.distributed.DistBackendError: NCCL error: remote process exited or there was ...",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+    ],
+)
+def test_a_broken_connection_to_another_worker_is_recognised(last_line: str) -> None:
+    stderr = f'Traceback (most recent call last):\n  File "a.py", line 1, in f\n{last_line}\n'
+    assert error_of(failure(stderr)).fingerprint == PEER_LOST
+
+
+def test_a_pod_reports_the_crash_before_the_error_before_the_broken_connection() -> None:
+    lost = failure("Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n")
+    bug = failure("Traceback (most recent call last):\nValueError: x\n", local_rank=1)
+    crash = failure(exit_code=-signal.SIGSEGV, local_rank=2)
+    asked = failure(exit_code=EXIT_RESTART, local_rank=3)
+    assert report_of([asked, lost, bug, crash]).local_rank == 2
+    assert report_of([asked, lost, bug]).local_rank == 1
+    assert report_of([asked, lost]).local_rank == 0
+    assert report_of([asked]).exit_code == EXIT_RESTART
