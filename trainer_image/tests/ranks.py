@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+Started = list[tuple[multiprocessing.process.BaseProcess, Connection]]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -20,12 +22,12 @@ def free_port() -> int:
 
 def start(
     world: int, function: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None
-) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
+) -> Started:
     """Start `function(*args)` on every rank of a world of its own; one thread per rank."""
     torch.set_num_threads(1)  # in the parent too: a thread pool does not survive a fork
     port = free_port()
     context = multiprocessing.get_context("fork")
-    started = []
+    started: Started = []
     for rank in range(world):
         here, there = context.Pipe()
         settings = {
@@ -45,20 +47,24 @@ def start(
     return started
 
 
-def launch(
-    world: int, function: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None
-) -> list[Any]:
-    """What `function(*args)` returns on every rank; fails with the traceback of a rank."""
-    started = start(world, function, *args, env=env)
+def answers(started: Started) -> list[Any]:
+    """What the function returned on every rank; fails with the traceback of a rank."""
     try:
-        answers = [pickle.loads(connection.recv_bytes()) for _, connection in started]
+        received = [pickle.loads(connection.recv_bytes()) for _, connection in started]
     finally:
         for process, _ in started:
             process.join(10)
             process.kill()
-    for rank, (good, answer) in enumerate(answers):
+    for rank, (good, answer) in enumerate(received):
         assert good, f"rank {rank}:\n{answer}"
-    return [answer for _, answer in answers]
+    return [answer for _, answer in received]
+
+
+def launch(
+    world: int, function: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None
+) -> list[Any]:
+    """What `function(*args)` returns on every rank."""
+    return answers(start(world, function, *args, env=env))
 
 
 def _rank(
