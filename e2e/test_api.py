@@ -136,7 +136,7 @@ class TestAStoredTraining:
     def test_it_is_not_scaled_to_a_size_that_does_not_divide(
         self, server: ApiServer, stored: str
     ) -> None:
-        with pytest.raises(ClusterError, match="globalBatch 32 is no multiple"):
+        with pytest.raises(ClusterError, match="globalBatch 32 cannot be shared"):
             server.kubectl("scale", f"dst/{stored}", "--replicas=3")
 
     def test_its_status_is_written_apart_and_shown_in_columns(

@@ -35,8 +35,8 @@ The API server refuses a training that breaks one of these, and so do local runs
 _CHANGES: Final = """\
 ## Changes
 
-What is not listed here may be edited at any time. What concerns pods (image, resources, template,
-checkpoint intervals) holds for the pods that are made from then on.
+What is not listed here may be edited at any time. What concerns pods (image, resources, template)
+holds for the pods that are made from then on.
 """
 
 

@@ -89,6 +89,18 @@ def _absent(part: str) -> Rule:
     )
 
 
+def _split(dimension: str, words: str) -> Rule:
+    return Rule(
+        name=f"{dimension}-by-tensor",
+        field="parallelism.tensor",
+        when=("knownPreset", "positiveSizes"),
+        cel=f"{{{dimension}}} % {{tensor}} == 0",
+        holds=lambda v: v[dimension] % v["tensor"] == 0,
+        message=f"the model's {{{dimension}}} {words} cannot be split over tensor {{tensor}}; "
+        "set tensor to a number that divides them",
+    )
+
+
 RULES: Final[tuple[Rule, ...]] = (
     _required("model", "{preset: mini}"),
     _required("data", "{sources: [{uri: 'builtin://mini'}]}"),
@@ -154,15 +166,9 @@ RULES: Final[tuple[Rule, ...]] = (
         holds=lambda v: v["ropeDim"] % 2 == 0,
         message="ropeDim {ropeDim} must be even, since rotary channels come in pairs",
     ),
-    Rule(
-        name="heads-by-tensor",
-        field="parallelism.tensor",
-        when=("knownPreset", "positiveSizes"),
-        cel="{heads} % {tensor} == 0",
-        holds=lambda v: v["heads"] % v["tensor"] == 0,
-        message="the model's {heads} heads cannot be split over tensor {tensor}; "
-        "set tensor to a number that divides heads",
-    ),
+    _split("heads", "heads"),
+    _split("denseFfn", "channels of denseFfn"),
+    _split("expertFfn", "channels of moe.ffn"),
     Rule(
         name="processes-per-gpu",
         field="workers.processesPerWorker",
@@ -196,11 +202,10 @@ RULES: Final[tuple[Rule, ...]] = (
         name="batch-by-ranks",
         field="training.globalBatch",
         when=("trainer", "positiveSizes"),
-        cel="{globalBatch} * {tensor} % ({microBatch} * {ranks}) == 0",
-        holds=lambda v: v["globalBatch"] * v["tensor"] % (v["microBatch"] * v["ranks"]) == 0,
-        message="globalBatch {globalBatch} is no multiple of microBatch {microBatch} x "
-        "data-parallel size ({ranks} ranks / tensor {tensor}); change globalBatch, microBatch or "
-        "workers.replicas",
+        cel="{globalBatch} * {tensor} % {ranks} == 0",
+        holds=lambda v: v["globalBatch"] * v["tensor"] % v["ranks"] == 0,
+        message="globalBatch {globalBatch} cannot be shared equally by the data-parallel ranks "
+        "({ranks} ranks / tensor {tensor}); change globalBatch or workers.replicas",
         sizing=True,
     ),
     Rule(
@@ -239,19 +244,34 @@ RULES: Final[tuple[Rule, ...]] = (
 )
 
 
+def _camel(path: str) -> str:
+    return ".".join(map(to_camel, path.split(".")))
+
+
 def _unchanged(path: str) -> str:
     now, before = present(path), present(path, root="oldSelf")
-    field = ".".join(map(to_camel, path.split(".")))
+    field = _camel(path)
     return f"({now}) == ({before}) && (!({now}) || self.{field} == oldSelf.{field})"
 
 
 def _fixed(path: str, why: str) -> Transition:
-    field = ".".join(map(to_camel, path.split(".")))
+    field = _camel(path)
     return Transition(
         name=f"{field}-fixed",
         field=field,
         cel=_unchanged(path),
         message=f"{field} cannot change after creation: {why}; create another training",
+    )
+
+
+def _fixed_while_running(path: str) -> Transition:
+    """A pod is told at its start, and ranks that disagree about this hang: there must be none."""
+    field = _camel(path)
+    return Transition(
+        name=f"{field}-while-suspended",
+        field=field,
+        cel=f"({_unchanged(path)}) || (has(oldSelf.suspend) && oldSelf.suspend)",
+        message=f"{field} can only change while the training is suspended; set suspend: true first",
     )
 
 
@@ -265,9 +285,7 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
             "model",
             "data",
             "training.global_batch",
-            "training.micro_batch",
             "training.seed",
-            "optimizer",
             "precision",
             "parallelism",
         )
@@ -282,11 +300,15 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
         message="training.total.tokens can only be raised; to stop early, set suspend: true or "
         "delete the training",
     ),
-    Transition(
-        name="fabric-while-suspended",
-        field="fabric",
-        cel=f"({_unchanged('fabric')}) || (has(oldSelf.suspend) && oldSelf.suspend)",
-        message="fabric can only change while the training is suspended; set suspend: true first",
+    *(
+        _fixed_while_running(path)
+        for path in (
+            "training.total",
+            "training.micro_batch",
+            "optimizer",
+            "checkpoint.every_steps",
+            "fabric",
+        )
     ),
 )
 

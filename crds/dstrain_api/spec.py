@@ -108,8 +108,8 @@ class TrainingSpec(ApiModel):
     """How much is trained, and in which batches."""
 
     total: TotalSpec = Field(description="When the training is complete. Required. Example: {tokens: 1000000}.")
-    global_batch: int = Field(32, ge=1, le=1_000_000, description="Samples per optimizer step over all workers; constant while the gang grows or shrinks. Default: 32. Example: 1024.")
-    micro_batch: int = Field(4, ge=1, le=4096, description="Samples per forward pass of one data-parallel rank. Default: 4. Example: 1.")
+    global_batch: int = Field(32, ge=1, le=1_000_000, description="Samples per optimizer step over all workers; the same while the gang grows or shrinks, and a multiple of the data-parallel ranks. Default: 32. Example: 1024.")
+    micro_batch: int = Field(4, ge=1, le=4096, description="Most samples per forward pass of one data-parallel rank; lower it when memory is short. Default: 4. Example: 1.")
     seed: int = Field(1, ge=0, le=2**31 - 1, description="Seed of weights and sample order. Default: 1. Example: 42.")
 
 
@@ -150,7 +150,7 @@ class ParallelismSpec(ApiModel):
 
     data_shard: DataShard = Field("auto", description="Ranks that share one copy of weights and moments (FSDP2); auto takes what the others leave. Default: auto. Example: 8.")
     data_replicate: int = Field(1, ge=1, le=65_536, description="Copies of the sharded model (hybrid sharding). Default: 1. Example: 2.")
-    tensor: int = Field(1, ge=1, le=64, description="Ranks that split each layer (tensor parallelism); divides heads. Default: 1. Example: 2.")
+    tensor: int = Field(1, ge=1, le=64, description="Ranks that split each layer (tensor parallelism); divides heads, denseFfn and moe.ffn. Default: 1. Example: 2.")
 
 
 class ResourcesSpec(ApiModel):

@@ -138,7 +138,6 @@ _RANKS = Term(
     lambda spec: spec.workers.replicas * spec.workers.processes_per_worker,
 )
 _REPLICATE = _field("parallelism.data_replicate")
-_MICRO_BATCH = _field("training.micro_batch")
 _EXPERTS = _dimension("moe.experts")
 _TOP_K = _dimension("moe.top_k")
 _GROUPS = _dimension("moe.groups")
@@ -171,9 +170,7 @@ TERMS: Final[Mapping[str, Term]] = {
     ),
     # What single fields already refuse must not make a rule fail in another way, such as x % 0.
     "positiveSizes": Term(
-        " && ".join(
-            f"{term.cel} > 0" for term in (_REPLICAS, _PROCESSES, _TENSOR, _REPLICATE, _MICRO_BATCH)
-        ),
+        " && ".join(f"{term.cel} > 0" for term in (_REPLICAS, _PROCESSES, _TENSOR, _REPLICATE)),
         lambda _: True,
     ),
     "positiveGroups": Term(f"{_GROUPS.cel} > 0", lambda _: True),
@@ -184,6 +181,8 @@ TERMS: Final[Mapping[str, Term]] = {
     "layers": _dimension("layers"),
     "denseLayers": _dimension("dense_layers"),
     "heads": _dimension("heads"),
+    "denseFfn": _dimension("dense_ffn"),
+    "expertFfn": _dimension("moe.ffn"),
     "ropeDim": _dimension("mla.rope_dim"),
     "experts": _EXPERTS,
     "topK": _TOP_K,
@@ -204,7 +203,6 @@ TERMS: Final[Mapping[str, Term]] = {
         lambda spec: spec.parallelism.data_shard if spec.parallelism else "auto",
     ),
     "globalBatch": _field("training.global_batch"),
-    "microBatch": _MICRO_BATCH,
     "minReplicas": _MIN,
     "maxReplicas": _MAX,
     "boundsInOrder": Term(

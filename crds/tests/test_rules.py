@@ -83,7 +83,7 @@ def test_allowed_replicas_are_those_that_batch_and_parallelism_divide() -> None:
         patched(CASES["base"], {"parallelism": {"tensor": 2}, "training": {"globalBatch": 48}})
     )
     allowed = allowed_replicas(spec)
-    assert [n for n in range(30) if allowed(n)] == [2, 4, 6, 8, 12, 24]
+    assert [n for n in range(30) if allowed(n)] == [2, 4, 6, 8, 12, 16, 24]
 
 
 def test_any_number_of_replicas_may_run_another_program() -> None:
