@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,11 +56,17 @@ def ask(
         },
     )
     if question.panel.kind == "stat":
-        return server.query(expression)
-    now_s = time.time()
-    return server.query_range(
-        expression, start_s=now_s - window_s, end_s=now_s, step_s=max(interval_s, window_s / 100)
-    )
+        answer = server.query(expression)
+    else:
+        now_s = time.time()
+        answer = server.query_range(
+            expression,
+            start_s=now_s - window_s,
+            end_s=now_s,
+            step_s=max(interval_s, window_s / 100),
+        )
+    # A quantile of nothing is NaN, which a panel does not draw.
+    return [s for s in answer if any(math.isfinite(value) for _, value in s.points)]
 
 
 def unanswered(
