@@ -60,7 +60,7 @@ def _composed(s: Situation, decision: Decision) -> Plan:
     written = after != before and (durable or wait_s <= 0)
     later = [
         decision.requeue_after_s,
-        wait_s if after != before and not written else None,
+        _progress_wait_s(s, wait_s, written),
         s.heartbeat_timeout_s if s.doubt else None,
         membership.wait_s(s),
     ]
@@ -76,6 +76,13 @@ def _composed(s: Situation, decision: Decision) -> Plan:
         events=(*decision.events, *(_events(before, after, s.now_s) if written else ())),
         requeue_after_s=min((w for w in later if w is not None), default=None),
     )
+
+
+def _progress_wait_s(s: Situation, wait_s: float, written: bool) -> float | None:
+    """When to look for progress again: it wakes nobody by itself."""
+    if s.observed.gathering.membership is None:
+        return None if written or wait_s <= 0 else wait_s
+    return wait_s if wait_s > 0 and not written else s.settings.status_interval_s
 
 
 def _lasting(status: DeepSeekTrainingStatus) -> object:
