@@ -20,15 +20,18 @@ def spread(model: DeepSeek, mesh: Mesh, *, compute: str, seed: int) -> None:
     Gradients are summed over the ranks, not averaged: the loss is divided by the tokens of the
     global batch.
     """
-    distribute_over_tensor_group(model, mesh)
+    if mesh.layout.tensor > 1:
+        distribute_over_tensor_group(model, mesh)
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == "fp32" else COMPUTE_DTYPE[compute],
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary tables stay in fp32
     )
     data_parallel = mesh.data_parallel
-    for block in model.blocks:
-        fully_shard(block, mesh=data_parallel, mp_policy=policy)
+    for layer, block in enumerate(model.blocks, start=1):
+        # Backward begins with the last block: its weights would be gathered again at once.
+        reshard = layer < len(model.blocks)
+        fully_shard(block, mesh=data_parallel, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=data_parallel, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
