@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, get_args
 
-from dstrain_api.metrics import by_name
+from dstrain_api.metrics import CONTROLLER, by_name
 from dstrain_api.status import DeepSeekTrainingStatus, HistoryEntry, Phase, Restarts
 from prometheus_client import (
     CollectorRegistry,
@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.model import Key, Training
 
-CONTROLLER: Final = "deepseektraining"  # label value of controller-runtime's metrics
+ENDS: Final = ("Complete", "Failed")
 
 
 class OperatorMetrics:
@@ -47,6 +47,10 @@ class OperatorMetrics:
         self._requests = self._counter("rest_client_requests_total")
         self._depth = self._gauge("workqueue_depth")
         self._built = self._gauge("dstrain_operator_build_info")
+        # A counter that starts with its first event would hide that event from `increase`.
+        self._errors.labels(CONTROLLER)
+        for end in ENDS:
+            self._finished.labels(end)
 
     def follow(self, trainings: Callable[[], Iterable[Training]], depth: Callable[[], int]) -> None:
         """Take what is said of trainings, and of the queue, from here at each scrape."""
@@ -84,8 +88,12 @@ class OperatorMetrics:
         for entry in after.history:
             if entry.seconds is not None and _identity(entry) in open_before:
                 self._recovery.labels(key.namespace, key.name).observe(entry.seconds)
-        if after.phase != before.phase and after.phase in ("Complete", "Failed"):
+        if after.phase != before.phase and after.phase in ENDS:
             self._finished.labels(after.phase).inc()
+
+    def followed(self, key: Key) -> None:
+        """Expose the counters of a training from before its first event."""
+        self._recovery.labels(key.namespace, key.name)
 
     def gone(self, key: Key) -> None:
         """Drop the series of a training that is no more."""

@@ -112,6 +112,7 @@ class Controller:
             self.remove(known.key, known.uid)
         self.trainings[training.key] = training
         self._keys[training.uid] = training.key
+        self.metrics.followed(training.key)
         self.queue.add(training.key)
 
     def remove(self, key: Key, uid: str) -> None:
@@ -264,7 +265,7 @@ class Controller:
     def _blind(self) -> bool:
         blind = self.blind
         if bool(blind) != bool(self._was_blind):
-            log.warning("nothing is decided: %s", blind) if blind else log.info("all can be seen")
+            log.info("nothing is decided: %s", blind) if blind else log.info("all can be seen")
         self._was_blind = blind
         return bool(blind)
 
