@@ -81,15 +81,19 @@ class Stream:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, sample inside the source) at a position."""
+        source, running = self._turn(position) if len(self.corpora) > 1 else (0, position)
+        size = self.corpora[source].samples
+        epoch, index = divmod(running, size)
+        return source, permute(index, size, f"{self.seed}/source/{source}/epoch/{epoch}")
+
+    def _turn(self, position: int) -> tuple[int, int]:
+        """(source whose turn it is, how many turns it had before)."""
         block, offset = divmod(position, BLOCK)
         slot = permute(offset, BLOCK, f"{self.seed}/block/{block}")
         ends = np.cumsum(self._shares)
         source = int(np.searchsorted(ends, slot, side="right"))
         share = self._shares[source]
-        running = block * share + slot - int(ends[source] - share)
-        size = self.corpora[source].samples
-        epoch, index = divmod(running, size)
-        return source, permute(index, size, f"{self.seed}/source/{source}/epoch/{epoch}")
+        return source, block * share + slot - int(ends[source] - share)
 
     def read(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Samples at positions [begin, end), shape [end - begin, sequence_length + 1]."""
