@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from e2e.clusters import programs
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "deepseek-operator"
 RELEASE, NAMESPACE = "dstrain", "dstrain-system"
@@ -18,9 +20,9 @@ FULL_NAME = "dstrain-deepseek-operator"
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("helm")
+    program = shutil.which("helm") or shutil.which("helm", path=programs.folder())
     if program is None:
-        pytest.skip("helm is not on the PATH; `make e2e` brings its own")
+        pytest.skip("there is no helm yet: put one on the PATH, or let `make e2e` build it")
     command = [program, *arguments, "--kube-version", "1.36.0"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
