@@ -67,7 +67,9 @@ class AgentMetrics:
         self._last: ProgressReport | None = None  # of this generation
         self._counted: dict[str, float] = {}  # of rank 0's process, by counter
         self._put("dstrain_generation", 0)
-        self._put("dstrain_worker_restarts_total", 0)
+        for metric in by_exporter("agent"):
+            if metric.name in self._families and metric.type != "gauge" and not metric.absent:
+                self._families[metric.name].labels(training)  # 0 is there before the first event
 
     def add(self, source: Source) -> None:
         """Expose these families as well."""
