@@ -72,6 +72,7 @@ def settings() -> kopf.OperatorSettings:
     made.posting.enabled = False
     made.networking.request_timeout = 30
     made.networking.connect_timeout = 5
+    made.networking.error_backoffs = (1, 2, 3, *[5] * 100)  # after an outage, soon back
     made.watching.chunk_size = 500
     made.persistence.diffbase_storage = _NoDiffs()
     made.persistence.progress_storage = _NoProgress()

@@ -7,7 +7,12 @@ import logging
 from datetime import UTC, datetime
 from typing import Final
 
-QUIET: Final = ("uvicorn", "kopf", "asyncio")  # told only from warnings up
+LEVELS: Final = {
+    "uvicorn": logging.WARNING,
+    "kopf": logging.WARNING,
+    "kopf._core.reactor.running": logging.ERROR,  # warns that signals are not its business
+    "asyncio": logging.WARNING,
+}
 
 
 class KeyValueFormatter(logging.Formatter):
@@ -30,5 +35,5 @@ def configure() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(KeyValueFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)

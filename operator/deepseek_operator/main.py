@@ -32,6 +32,7 @@ from deepseek_operator.settings import Configuration, from_environment
 ANY_ADDRESS: Final = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104
 LOOP_LAG_LIMIT_S: Final = 5.0
 HOST_RESTART_S: Final = 5.0
+HOST_STOP_S: Final = 2.0
 FIRST_LIST_RETRY_S: Final = 2.0
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,10 @@ class KopfThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching. It has nothing to lose, so it is not waited for long."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join(HOST_STOP_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -140,6 +142,7 @@ class Operator:
             await asyncio.to_thread(host.stop)
             await asyncio.to_thread(self.server.stop)
             await self._cluster.close()
+            log.info("stopped")
 
     async def _keep_listing(self, host: KopfThread) -> None:
         """List all trainings now and then; kopf only serves what exists when it starts."""

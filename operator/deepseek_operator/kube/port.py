@@ -1,7 +1,7 @@
 """What the operator needs of a cluster: six verbs on plain dicts, and five ways to fail.
 
-Three clusters stand behind this port: the real one (`kube.api`), one in memory for tests, and one whose pods are process
-groups on this machine (`local.cluster`). Nothing above it knows which.
+Three clusters stand behind this port: the real one (`kube.api`), one in memory for tests, and one
+whose pods are process groups on this machine (`local.cluster`). Nothing above it knows which.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ class ClusterError(Exception):
     """Any refusal or failure of the cluster; this class itself means: try again later."""
 
 
-class AlreadyExists(ClusterError):
+class AlreadyExists(ClusterError):  # noqa: N818 - an answer
     """A create found an object of that name."""
 
 
-class NotFound(ClusterError):
+class NotFound(ClusterError):  # noqa: N818 - an answer
     """The object is not there (any more), or not with the uid that was named."""
 
 
-class Conflict(ClusterError):
+class Conflict(ClusterError):  # noqa: N818 - an answer
     """The object has changed since the resourceVersion that was named: look again."""
 
 
-class Gone(ClusterError):
+class Gone(ClusterError):  # noqa: N818 - an answer
     """The watch's resourceVersion is too old: list again."""
 
 
-class Refused(ClusterError):
-    """The cluster will never accept this (invalid, forbidden, over quota): trying again as it is does not help."""
+class Refused(ClusterError):  # noqa: N818 - an answer
+    """The cluster does not accept this as it is: invalid, forbidden, over quota."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Cluster(Protocol):
     async def replace_status(
         self, namespace: str, name: str, *, resource_version: str, status: Mapping[str, Any]
     ) -> str:
-        """Write a training's status whole, if it is still at `resource_version`; return the new one.
+        """Write a training's status whole, if it is still at `resource_version`.
+
+        Returns the new resourceVersion.
 
         Raises Conflict, NotFound, Refused, ClusterError.
         """
