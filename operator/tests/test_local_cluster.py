@@ -244,6 +244,7 @@ def test_variables_come_from_fields_secrets_and_each_other(tmp_path: Path) -> No
             {"name": "BOTH", "value": "$(NAME)-$(SLOT)"},
             {"name": "CONFIG", "value": '{"uri": "file:///mnt/dstrain/claim/path"}'},
             {"name": "DSTRAIN_METRICS_PORT", "value": "9400"},
+            {"name": "HOME", "value": "/tmp"},
         ],
     }
     secret = {"data": {"token": base64.b64encode(b"word").decode()}}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 OK, FAILED, USAGE = 0, 1, 2
 RUNS = Path("runs")
+_OURS = ("dstrain", "dstrain_api", "deepseek_operator", "deepseek_trainer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # a user's mistake: the text says what to change
         for line in _problems(error):
             print(f"error: {line}", file=sys.stderr)
+        return USAGE
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        print(
+            f"error: this command needs the package {error.name}; "
+            "pip install 'dstrain[operator,trainer]'",
+            file=sys.stderr,
+        )
         return USAGE
     except KeyboardInterrupt:
         return FAILED

@@ -7,7 +7,7 @@ import os
 
 import pytest
 from dstrain.local.terminal import Terminal
-from dstrain.local.view import Story, closing, progress_line
+from dstrain.local.view import Story, brief, closing, progress_line
 from dstrain_api.status import (
     CheckpointStatus,
     Condition,
@@ -139,3 +139,18 @@ def test_a_failed_run_begins_with_why() -> None:
         "  time         3 s",
         "  logs         runs/x/pods",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("all is well", "all is well"),
+        (
+            "mini-0-1 failed: Traceback (most recent call last):\n  File x\nValueError: no\n",
+            "mini-0-1 failed: ValueError: no",
+        ),
+        ("", ""),
+    ],
+)
+def test_an_event_is_one_line(text: str, line: str) -> None:
+    assert brief(text) == line

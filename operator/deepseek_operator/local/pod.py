@@ -24,6 +24,7 @@ _LOCAL = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
 }
+_OF_THE_IMAGE = ("HOME",)  # here a person has one
 
 
 class CannotStart(ValueError):  # noqa: N818 - as the kubelet's reason CreateContainerConfigError
@@ -57,6 +58,8 @@ def launch_of(
     container = trainer_of(pod)
     environment: dict[str, str] = {}
     for variable in container.get("env", ()):
+        if variable["name"] in _OF_THE_IMAGE:
+            continue
         value = _value(variable, pod, secret)
         environment[variable["name"]] = _expanded(value, environment)
     words = [*container.get("command", ()), *container.get("args", ())]

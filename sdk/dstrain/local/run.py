@@ -28,7 +28,7 @@ from dstrain_api.status import DeepSeekTrainingStatus
 from dstrain.local.folder import RunFolder, carried_over
 from dstrain.local.logs import follow_logs
 from dstrain.local.terminal import Terminal
-from dstrain.local.view import Story, closing, condition, progress_line
+from dstrain.local.view import Story, brief, closing, condition, progress_line
 
 NAMESPACE = "default"
 STATUS_INTERVAL_S = 0.5
@@ -164,7 +164,7 @@ class LocalRun:
     def _tell(self, event: dict[str, Any]) -> None:
         tone = event.get("type", "Normal")
         mark = "!" if tone == "Warning" else "-"
-        self.terminal.say(f"{mark} {event.get('reason')}: {event.get('message')}", tone)
+        self.terminal.say(f"{mark} {event['reason']}: {brief(event['message'])}", tone)
 
 
 def run(training: dict[str, Any], path: Path, *, follow: bool) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
+_TRACEBACK = "Traceback (most recent call last):"
+
 
 def progress_line(status: DeepSeekTrainingStatus) -> str:
     """Everything that matters now, in one line; what is not known is left out."""
@@ -66,6 +68,12 @@ def closing(status: DeepSeekTrainingStatus, story: Story, *, checkpoints: str, l
 def condition(status: DeepSeekTrainingStatus, kind: str) -> Condition | None:
     """The condition of this type, if it is true."""
     return next((c for c in status.conditions if c.type == kind and c.status == "True"), None)
+
+
+def brief(text: str) -> str:
+    """A message in one line: of a traceback only what it ends with."""
+    first, *rest = text.strip().splitlines() or [""]
+    return f"{first.removesuffix(_TRACEBACK)}{rest[-1]}" if rest else first
 
 
 def _headline(status: DeepSeekTrainingStatus) -> str:
