@@ -23,7 +23,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 _OTHER_TAGS = ("int", "float", "timestamp")
 
 
-class InvalidFile(ValueError):  # noqa: N818 - as InvalidSpec
+class InvalidFile(ValueError):
     """The file does not hold a training; the text says what to change."""
 
 

@@ -27,7 +27,7 @@ _LOCAL = {
 _OF_THE_IMAGE = ("HOME",)  # here a person has one
 
 
-class CannotStart(ValueError):  # noqa: N818 - as the kubelet's reason CreateContainerConfigError
+class CannotStart(ValueError):
     """The manifest asks for something that is not there; the text says what."""
 
 

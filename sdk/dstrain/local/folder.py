@@ -17,7 +17,7 @@ from typing import Any
 from dstrain_api.status import DeepSeekTrainingStatus
 
 
-class RunInUse(ValueError):  # noqa: N818 - a state
+class RunInUse(ValueError):
     """Another program trains in this folder."""
 
 

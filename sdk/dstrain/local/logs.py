@@ -10,7 +10,7 @@ from dstrain.local.terminal import Terminal
 POLL_S = 0.2
 
 
-class NoSuchLog(ValueError):  # noqa: N818 - a state
+class NoSuchLog(ValueError):
     """There is no log of that run or worker; the text says which there are."""
 
 

@@ -22,11 +22,11 @@ LONG_POLL_S = 20.0  # the coordinator answers a join after this long at the late
 Answer = TypeVar("Answer", bound=ApiModel)
 
 
-class Unreachable(Exception):  # noqa: N818 - a state, no mistake
+class Unreachable(Exception):
     """No useful answer (no connection, a timeout, 404, 401, 5xx): ask again later."""
 
 
-class Fenced(Exception):  # noqa: N818 - a state, no mistake
+class Fenced(Exception):
     """This pod was replaced and will never be a member again: exit."""
 
 
