@@ -69,11 +69,6 @@ class Console:
                 self._rate(),
             )
 
-    def saved(self, progress: Progress, stall_s: float) -> None:
-        """A checkpoint was written; its commit goes on in the background."""
-        if self._first:
-            _log.info("step %d is written; training stood still for %.2f s", progress.step, stall_s)
-
     def _report(self, progress: Progress, totals: StepTotals, learning_rate: float) -> None:
         rate = self._rate()
         reporting.report(

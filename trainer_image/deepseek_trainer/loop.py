@@ -28,7 +28,7 @@ from deepseek_trainer.state.commit import Committer, ask_coordinator, generation
 from deepseek_trainer.state.folder import CheckpointFolder
 
 
-class NonFiniteGradient(RuntimeError):  # noqa: N818 - the name users see in status
+class NonFiniteGradient(RuntimeError):
     """A gradient is NaN or infinite, and optimizer.onNonFinite is stop."""
 
 
@@ -106,7 +106,7 @@ class Trainer:
             last = stopping or progress.step == self.total_steps
             console.step(progress, totals, self.learning_rate(progress), last=last)
             if last or progress.step % self.config.checkpoint.every_steps == 0:
-                console.saved(progress, checkpoints.save(progress))
+                checkpoints.save(progress, required=last)
         if progress.step > resumed_step and not checkpoints.settle():
             return EXIT_RESTART  # the commit was refused: another generation goes on
         if progress.step < self.total_steps:

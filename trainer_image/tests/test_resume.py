@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ def train(folder: Path, settings: TrainerConfig, *, until: int, save: bool) -> S
         samples = [sample for of_rank in readers for sample in of_rank]
         found.append((progress.step, totals.loss_sum / trainer.tokens_per_step, samples))
     if save:
-        checkpoints.save(progress)
+        checkpoints.save(progress, required=True)
         assert checkpoints.settle()
     return found
 
@@ -285,3 +286,25 @@ class Reports:
             record: dict[str, Any] = json.loads(self.socket.recv(65_536))
             if wanted(record):
                 return record
+
+
+def full_storage(folder: Path) -> tuple[bool, str]:
+    """Rank 1 has no room for its shard: a save that may fail, then one that must not."""
+    trainer = trainer_in(folder, config(steps=STEPS))
+    checkpoints = trainer.checkpointer()
+    progress = checkpoints.restore()
+    trainer.step(progress)
+    if trainer.mesh.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    saved = checkpoints.save(progress, required=False)
+    trainer.step(progress)
+    with pytest.raises(OSError, match="step 2 cannot be saved") as refused:
+        checkpoints.save(progress, required=True)
+    return saved, str(refused.value)
+
+
+def test_full_storage_does_not_stop_training_until_a_save_is_needed(tmp_path: Path) -> None:
+    for saved, reason in launch(2, full_storage, tmp_path / "checkpoints"):
+        assert not saved
+        assert "may be full or away" in reason
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-1*")] == []

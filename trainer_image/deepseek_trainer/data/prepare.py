@@ -1,12 +1,11 @@
 """From text to a prepared corpus: what `dstrain data prepare` does."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -93,30 +92,67 @@ def _write(
     model.save(str(folder / TOKENIZER))
     size = model.get_vocab_size()
     dtype = np.dtype("<u2" if size <= _UINT16_VOCABULARY else "<u4")
+    shards = _Shards(folder, dtype, shard_tokens)
     documents = 0
-    shards: list[Shard] = []
-    waiting: list[int] = []
     for file in files:
         for document in _documents(file):
             documents += 1
             for ids in _encode(model, document):
-                waiting += ids
-                while len(waiting) >= shard_tokens:
-                    shards.append(_write_shard(folder, len(shards), waiting[:shard_tokens], dtype))
-                    del waiting[:shard_tokens]
-            waiting.append(end_token)
-    if waiting:
-        shards.append(_write_shard(folder, len(shards), waiting, dtype))
+                shards.append(ids)
+            shards.append([end_token])
     manifest = Manifest(
         dtype=dtype.str,
         vocabulary=size,
         end_token=end_token,
         documents=documents,
         tokenizer=sha256_of(folder / TOKENIZER),
-        shards=tuple(shards),
+        shards=shards.close(),
     )
     (folder / MANIFEST).write_text(manifest.to_json())
     return manifest
+
+
+class _Shards:
+    """Writes token ids into files of a given number of tokens each."""
+
+    def __init__(self, folder: Path, dtype: "np.dtype[np.unsignedinteger]", size: int) -> None:
+        self._folder, self._dtype, self._size = folder, dtype, size
+        self._done: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._tokens = 0
+
+    def append(self, ids: Sequence[int]) -> None:
+        array = np.asarray(ids, dtype=self._dtype)
+        while len(array):
+            if self._file is None:
+                self._file = (self._folder / self._name).open("wb")
+            head, array = np.split(array, [self._size - self._tokens])
+            self._file.write(head.tobytes())
+            self._tokens += len(head)
+            if self._tokens == self._size:
+                self._finish()
+
+    def close(self) -> tuple[Shard, ...]:
+        self._finish()
+        return tuple(self._done)
+
+    @property
+    def _name(self) -> str:
+        return f"shard-{len(self._done):05d}.bin"
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        path = self._folder / self._name
+        shard = Shard(
+            file=self._name,
+            tokens=self._tokens,
+            size_bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+        )
+        self._done.append(shard)
+        self._file, self._tokens = None, 0
 
 
 def _encode(model: Tokenizer, pieces: Iterator[str]) -> Iterator[list[int]]:
@@ -127,16 +163,6 @@ def _encode(model: Tokenizer, pieces: Iterator[str]) -> Iterator[list[int]]:
             yield from (encoding.ids for encoding in model.encode_batch(batch))
             batch = []
     yield from (encoding.ids for encoding in model.encode_batch(batch))
-
-
-def _write_shard(
-    folder: Path, number: int, ids: Sequence[int], dtype: "np.dtype[np.unsignedinteger]"
-) -> Shard:
-    data = np.asarray(ids, dtype=dtype).tobytes()
-    name = f"shard-{number:05d}.bin"
-    (folder / name).write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    return Shard(file=name, tokens=len(ids), size_bytes=len(data), sha256=digest)
 
 
 def _files(inputs: Sequence[Path]) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from deepseek_trainer.model.deepseek import DeepSeek
 from deepseek_trainer.model.init import initialise
 from deepseek_trainer.parallel.mesh import Mesh
-from deepseek_trainer.parallel.tensor import distribute_over_tensor_group
+from deepseek_trainer.parallel.tensor import distribute_over_tensor_group, split_dim
 
 COMPUTE_DTYPE: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +39,17 @@ def spread(model: DeepSeek, mesh: Mesh, *, compute: str, seed: int) -> None:
             # gloo has no PREMUL_SUM, which a divide factor would use.
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=mesh.device)
-    initialise(model, seed=seed, mesh=mesh)
+    initialise(model, seed=seed, part=lambda name, whole: own_part(name, whole, mesh))
+
+
+def own_part(name: str, whole: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The part of a weight that this rank holds, from its whole value."""
+    dim = split_dim(name)
+    if dim is not None:
+        whole = whole.chunk(mesh.layout.tensor, dim)[mesh.tensor_rank]
+    # FSDP2 shards dimension 0 as torch.chunk does: the last ranks may hold nothing.
+    shards = whole.chunk(mesh.layout.shard, 0)
+    return shards[mesh.shard_rank] if mesh.shard_rank < len(shards) else whole[:0]
 
 
 def sharded(model: nn.Module) -> FSDPModule:

@@ -9,6 +9,7 @@ each rank checks a part.
 import hashlib
 import logging
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from dstrain_api.config import TrainerConfig
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -60,16 +62,34 @@ class Checkpointer:
     stream: Stream
     committer: Committer | None
 
-    def save(self, progress: Progress) -> float:
-        """Write a draft and hand it to the committer; seconds that training stood still.
+    def save(self, progress: Progress, *, required: bool) -> bool:
+        """Write a draft and hand it to the committer; whether the storage took it.
+
+        Args:
+            progress: what the tensors have reached.
+            required: whether a failure ends the training. Without it, training goes on and the
+                next save tries again.
 
         Raises:
-            OSError: the storage is full or away.
+            OSError: the storage is full or away, and this save is required.
         """
         begin = time.monotonic()
         draft = self.folder.draft(progress.step, self.generation)
-        writer = FileSystemWriter(draft, overwrite=False)
-        save(self._tensors(), storage_writer=writer)
+        try:
+            save(self._tensors(), storage_writer=FileSystemWriter(draft, overwrite=False))
+        except CheckpointException as error:  # raised by every rank if it is by one
+            reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
+            # torch hides the system's error behind one of its own archive format.
+            message = (
+                f"step {progress.step} cannot be saved in {self.folder.root}, which may be full or "
+                f"away: {'; '.join(sorted(reasons))}"
+            )
+            if required:
+                raise OSError(message) from error
+            if self.mesh.rank == 0:
+                _log.error("%s; training goes on with the checkpoint before", message)
+                shutil.rmtree(draft)
+            return False
         own = {
             path.name: manifests.describe(path)
             for path in draft.glob(f"__{self.mesh.rank}_*.distcp")
@@ -81,7 +101,7 @@ class Checkpointer:
             files[".metadata"] = manifests.describe(draft / ".metadata")
             manifests.write(draft, self._manifest(progress, files))
             self.committer.submit(progress.step, draft, began_s=begin)
-        return time.monotonic() - begin
+        return True
 
     def settle(self) -> bool:
         """Wait on every rank until the last draft is committed; false when the coordinator refused

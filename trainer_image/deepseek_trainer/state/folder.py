@@ -24,7 +24,7 @@ _DRAFT: Final = re.compile(r"step-(\d+)\.g(\d+)\.tmp")
 _BAD: Final = re.compile(r"step-(\d+)\.bad-\d+")
 
 
-class NoUsableCheckpoint(RuntimeError):  # noqa: N818  (the name users see in status)
+class NoUsableCheckpoint(RuntimeError):
     """Checkpoints existed, and none can be used. Starting again at step 0 needs a person's
     decision.
     """

@@ -60,12 +60,13 @@ def read(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ValueError: it is missing, cannot be read, or is of another format.
+        ValueError: it is missing, no manifest, or of another format.
+        OSError: the storage is away; that says nothing about the checkpoint.
     """
     try:
         record = json.loads((folder / NAME).read_text())
         manifest = CheckpointManifest(**record)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise ValueError(f"{folder / NAME}: {error}") from error
     if manifest.format != FORMAT:
         raise ValueError(f"{folder / NAME}: format {manifest.format} is not {FORMAT}")
