@@ -16,8 +16,8 @@ project = tomllib.loads(pathlib.Path('/src/pyproject.toml').read_text())['projec
 
 # Our own code, installed into an empty root: the last and smallest layer of both images.
 FROM ${BASE_IMAGE} AS code
-COPY constraints.txt /src/
-RUN python3 -m venv /opt/dstrain && /opt/dstrain/bin/pip install --no-cache-dir -q -c /src/constraints.txt hatchling
+COPY constraints /src/constraints
+RUN python3 -m venv /opt/dstrain && /opt/dstrain/bin/pip install --no-cache-dir -q -c /src/constraints/dev.txt hatchling
 COPY pyproject.toml README.md LICENSE /src/
 COPY crds /src/crds
 COPY operator /src/operator
@@ -27,7 +27,7 @@ RUN /opt/dstrain/bin/pip install -q --no-deps --no-build-isolation --no-cache-di
 
 FROM ${BASE_IMAGE} AS operator-packages
 COPY --from=requirements /operator.txt /src/
-COPY constraints.txt /src/
+COPY constraints/operator.txt /src/constraints.txt
 RUN python3 -m venv /opt/dstrain \
  && /opt/dstrain/bin/pip install --no-cache-dir -q -c /src/constraints.txt -r /src/operator.txt \
  && /opt/dstrain/bin/pip uninstall -q -y pip
@@ -44,7 +44,7 @@ FROM ${BASE_IMAGE} AS trainer
 ARG TORCH_INDEX_URL=""
 RUN echo 'dstrain:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd
 COPY --from=requirements /trainer.txt /src/
-COPY constraints.txt /src/
+COPY constraints/trainer.txt /src/constraints.txt
 RUN python3 -m venv /opt/dstrain \
  && /opt/dstrain/bin/pip install --no-cache-dir -q -c /src/constraints.txt -r /src/trainer.txt \
       ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \

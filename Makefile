@@ -6,7 +6,8 @@ CLUSTER ?= dstrain
 NODES ?= 3
 
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+CONSTRAINTS := $(wildcard constraints/*.txt)
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .PHONY: help run test e2e cluster cluster-down lint format bench generate clean
@@ -17,11 +18,11 @@ help:  ## this list
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed-run: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed-run: .venv/bin/python pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) -e '.[operator,trainer]'
 	@touch $@
 
-.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed-dev: .venv/bin/python pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) -e '.[operator,trainer,dev]'
 	@touch $@ .venv/installed-run
 
@@ -38,7 +39,7 @@ cluster-down: .venv/installed-dev  ## stop and remove it
 	$(BIN)/python -m e2e.clusters down --name $(CLUSTER)
 
 e2e: .venv/installed-dev  ## the suites on a real cluster with the real images and chart
-	$(BIN)/python -m pytest e2e --ignore=e2e/tests
+	$(BIN)/python -m pytest e2e --ignore=e2e/tests --timeout=1500
 
 lint: .venv/installed-dev  ## formatting, style, types and the rules of who may import whom
 	$(BIN)/ruff check .
