@@ -99,7 +99,7 @@ class Handler(RendezvousHandler):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        self.stopping = False
+        self._stopping = False
         self._program_done = False
         self._failures: list[WorkerFailure] = []
         self._step = 0
@@ -182,6 +182,11 @@ class Handler(RendezvousHandler):
 
     # What the workers do.
 
+    @property
+    def saving(self) -> bool:
+        """Whether workers that are ended now are to save; those of a replaced pod cannot commit."""
+        return self._stopping and not self._membership.fenced
+
     def failed(self, failures: list[WorkerFailure]) -> None:
         """Worker processes ended badly."""
         self._failures = failures
@@ -228,17 +233,21 @@ class Handler(RendezvousHandler):
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, number: int, _frame: FrameType | None) -> None:
-        if self.stopping:
+        if self._stopping:
             return  # the workers are saving already
-        self.stopping = True
+        self._stopping = True
+        # torchrun stops its workers on every way out.
+        if self._membership.fenced:
+            sys.exit(EXIT_FENCED)
         log.info("stopping: the workers save and exit")
-        sys.exit(128 + number)  # torchrun stops its workers on every way out
+        sys.exit(128 + number)
 
     def _terminate(self, why: str) -> None:
         log.warning("%s", why)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _leave(self) -> None:
+        self._stopping = True  # from here on a signal has nothing to stop
         if self._program_done:
             self._forwarder.flush(FLUSH_S)
         self._membership.leave()

@@ -89,6 +89,7 @@ class Membership:
         self._left = False
         self._urgent = False
         self._told_to_stop = False
+        self.fenced = False  # the coordinator refuses this pod for good
 
     @property
     def generation(self) -> int:
@@ -214,6 +215,7 @@ class Membership:
             except Unreachable as error:
                 log.debug("beat: %s", error)
             except Fenced as error:
+                self.fenced = True
                 self._stop(f"this pod was replaced ({error}); leaving")
                 return
             interval_s = URGENT_BEAT_S if self._urgent else self._beat_interval_s

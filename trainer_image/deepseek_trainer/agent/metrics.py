@@ -4,6 +4,7 @@ rank 0. Names, help and labels come from `dstrain_api.metrics`.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -148,6 +149,18 @@ class AgentMetrics:
 _KINDS: dict[str, Any] = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}
 
 
+class _Server(ThreadingHTTPServer):
+    """Listens on IPv4 and, where the machine has it, IPv6."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 def serve(metrics: AgentMetrics, port: int) -> int:
     """Answer GET /metrics on all addresses from a daemon thread; return the port (`port` 0: any).
 
@@ -169,7 +182,6 @@ def serve(metrics: AgentMetrics, port: int) -> int:
         def log_message(self, *_: object) -> None:
             """Scrapes are no news."""
 
-    server = ThreadingHTTPServer(("", port), Handler)
-    server.daemon_threads = True
+    server = _Server(("", port), Handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_address[1])

@@ -29,8 +29,8 @@ class Watcher(Protocol):
     """Who wants to know how workers end. All calls come from torchrun's main thread."""
 
     @property
-    def stopping(self) -> bool:
-        """Whether the pod was asked to stop, so that its workers may save."""
+    def saving(self) -> bool:
+        """Whether the pod was asked to stop, so that its workers are to save."""
 
     def failed(self, failures: list[WorkerFailure]) -> None:
         """Processes of this pod ended badly; torchrun will ask for the next rendezvous."""
@@ -57,7 +57,7 @@ def watch_workers(watcher: Watcher) -> None:
     def watched_close(
         self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30
     ) -> None:
-        if not watcher.stopping:
+        if not watcher.saving:
             killed.setdefault(self, set()).update(_kill(self))
         close(self, death_sig, timeout)
 
