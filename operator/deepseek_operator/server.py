@@ -260,6 +260,8 @@ class ServerThread:
         self._socket = socket.create_server(
             (host, port), family=family, backlog=4096, dualstack_ipv6=host == "::"
         )
+        # asyncio does this only for sockets that name TCP; without it each answer takes 40 ms more.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port: int = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(

@@ -119,6 +119,14 @@ def test_beat_is_answered_with_orders_and_ignores_fields_it_does_not_know(served
     assert response.json() == {"generation": 0, "stop": False}
 
 
+def test_answers_do_not_wait_for_acknowledgements(served: Served) -> None:
+    served.post("beat", beat_body())
+    started_s = time.monotonic()
+    for _ in range(50):
+        served.post("beat", beat_body())
+    assert time.monotonic() - started_s < 50 * 0.04, "40 ms each is Nagle's algorithm"
+
+
 def test_commit_and_report(served: Served) -> None:
     served.coordinator.register(UID, generation=1, token=TOKEN)
     served.post("beat", beat_body())
