@@ -21,6 +21,10 @@ EXCLUDED_AT_LEAST_S = 60.0  # a node that came back at once may go again
 # https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions
 VOLUNTARY_DISRUPTIONS = {"EvictionByEvictionAPI": "Drained", "PreemptionByScheduler": "Preempted"}
 
+# What the kubelet and containerd say of a container that was gone when they came back from a
+# restart of the node.
+LOST_CONTAINER = frozenset({"ContainerStatusUnknown", "Unknown"})
+
 _ORDER: dict[FailureClass, int] = {
     "infrastructure": 0,
     "application": 1,
@@ -84,9 +88,9 @@ def of_failed_pod(pod: PodView) -> Failure:
     container = pod.container
     if pod.deleting or pod.disrupted:
         return of_missing_pod(pod, scaled=False)
-    if pod.reason or container.exit_code is None:
+    if pod.reason or container.exit_code is None or container.terminated_reason in LOST_CONTAINER:
         # The kubelet or the control plane ended it: Evicted, NodeShutdown, NodeLost, Preempting ...
-        reason = pod.reason or "PodFailed"
+        reason = pod.reason or container.terminated_reason or "PodFailed"
         return Failure(
             failure_class="infrastructure",
             reason=reason,
@@ -195,6 +199,16 @@ def excluded_nodes(s: Situation, status: DeepSeekTrainingStatus) -> tuple[str, .
         if recent or (node is not None and not node.ready):
             found.append(entry.node)
     return tuple(sorted(found))
+
+
+def exclusion_wait_s(s: Situation, status: DeepSeekTrainingStatus) -> float | None:
+    """Seconds until the next node may be used again for the time alone; None if there is none."""
+    ends = [
+        seconds(entry.time) + EXCLUDED_AT_LEAST_S - s.now_s
+        for entry in status.history
+        if entry.reason == NODE_LOST
+    ]
+    return min((wait_s for wait_s in ends if wait_s > 0), default=None)
 
 
 def _budget(s: Situation, failure: Failure) -> BudgetSpec | None:

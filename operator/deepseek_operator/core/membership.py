@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from dstrain_api.constants import EXIT_RESTART
 from dstrain_api.quantities import duration_s
 from dstrain_api.status import DeepSeekTrainingStatus
@@ -20,10 +22,8 @@ SHRUNK = "FewerWorkers"  # reason of Degraded while an elastic training goes on 
 def worker_errors(s: Situation) -> Decision | None:
     """A training process failed by itself: one application failure per generation."""
     errors = _unaccounted_errors(s)
-    if not errors or _explained_by_others(s, errors):
+    if not errors or _verdict(s, errors) != "count":
         return None
-    if not _all_heard_since(s, errors):
-        return None  # whoever is silent may be the cause; the next beats tell
     failure = failures.of_worker_error(failures.root_cause(errors))
     after = failures.record(s, failure, generation=errors[0].generation)
     spent = failures.over_budget(s, failure, after)
@@ -190,39 +190,29 @@ def _unaccounted_errors(s: Situation) -> tuple[WorkerError, ...]:
     return tuple(e for e in errors if e.generation == generation)
 
 
-def _explained_by_others(s: Situation, errors: tuple[WorkerError, ...]) -> bool:
-    """Whether a member of that generation has ended: that breaks its peers' connections."""
-    in_generation = _members_of(s, errors)
-    world = max((m.member.group_world_size for m in in_generation if m.member), default=0)
-    if len(in_generation) >= max(world, 1):
-        return False
-    first_at_s = min(e.at_s for e in errors)
-    return any(
-        slot.state not in ALIVE or (slot.pod and slot.pod.created_at_s > first_at_s)
-        for slot in s.slots
-        if slot not in in_generation
-    )
+def _verdict(s: Situation, errors: tuple[WorkerError, ...]) -> Literal["count", "wait", "ignore"]:
+    """Whether these errors are the cause, or follow from a member's end, as far as is known.
 
-
-def _all_heard_since(s: Situation, errors: tuple[WorkerError, ...]) -> bool:
-    """Whether every member of that generation is known to have survived it."""
-    if len(s.in_state("joining")) == s.desired:
-        return True
-    in_generation = _members_of(s, errors)
-    world = max((m.member.group_world_size for m in in_generation if m.member), default=0)
-    since_s = s.now_s - max(e.at_s for e in errors)
-    heard = [m for m in in_generation if m.member and m.member.silent_s <= since_s]
-    return bool(heard) and len(heard) >= world
-
-
-def _members_of(s: Situation, errors: tuple[WorkerError, ...]) -> list[Slot]:
-    """Living slots whose pod took part in the generation of these errors."""
+    Losing a peer breaks connections, and that is reported long before the loss itself is noticed.
+    So errors count only when every member of their generation is known to have survived them.
+    """
     generation = errors[0].generation
-    return [
-        slot
-        for slot in s.slots
-        if slot.state in ALIVE and slot.member and slot.member.generation == generation
-    ]
+    if s.membership and s.membership.generation == generation:
+        world = len(s.membership.pod_uids)
+        survivors = [slot for slot in s.in_state(*ALIVE) if _is_member(s, slot)]
+    else:
+        known = [m for m in s.gathering.members if m.generation == generation]
+        world = max((m.group_world_size for m in known), default=0)
+        uids = {m.pod_uid for m in known}
+        survivors = [slot for slot in s.in_state(*ALIVE) if slot.pod and slot.pod.uid in uids]
+    if world == 0 or len(survivors) < world:
+        return "wait" if s.in_state("starting") else "ignore"
+    since_s = s.now_s - max(e.at_s for e in errors)
+    heard = all(
+        slot.state == "joining" or (slot.member and slot.member.silent_s <= since_s)
+        for slot in survivors
+    )
+    return "count" if heard else "wait"
 
 
 def _ended_by(s: Situation, errors: tuple[WorkerError, ...]) -> int | None:

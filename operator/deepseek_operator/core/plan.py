@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
-from deepseek_operator.core import lifecycle, membership, replacement, status
+from deepseek_operator.core import failures, lifecycle, membership, replacement, status
 from deepseek_operator.core.conditions import condition
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
 from deepseek_operator.core.situation import Decision, Situation, survey
+
+CREATED_LOOK_S = 1.0  # what was created shows by then, or was refused, which nobody tells
 
 Rule = Callable[[Situation], Decision | None]
 
@@ -59,10 +61,11 @@ def _composed(s: Situation, decision: Decision) -> Plan:
     wait_s = s.observed.status_written_at_s + s.settings.status_interval_s - s.now_s
     written = after != before and (durable or wait_s <= 0)
     later = [
-        decision.requeue_after_s,
+        decision.requeue_after_s or (CREATED_LOOK_S if decision.creates else None),
         _progress_wait_s(s, wait_s, written),
         s.heartbeat_timeout_s if s.doubt else None,
         membership.wait_s(s),
+        failures.exclusion_wait_s(s, after) if after.excluded_nodes else None,
     ]
     return Plan(
         status=after if written else None,

@@ -57,7 +57,7 @@ def report(s: Situation, decision: Decision) -> DeepSeekTrainingStatus:
             "progress": _progress(s, running=running),
             "checkpoint": _checkpoint(s),
             "history": _recovered(s, after.history),
-            "excluded_nodes": list(excluded_nodes(s, after))[:EXCLUDED_LIMIT],
+            "excluded_nodes": [] if ended else list(excluded_nodes(s, after))[:EXCLUDED_LIMIT],
         }
     )
     message = _message(s, after, current)

@@ -206,6 +206,10 @@ class Roster:
         """Make a generation current; its members get their places."""
         self.membership = membership
         self._ranks = {uid: rank for rank, uid in enumerate(membership.pod_uids)}
+        for uid, rank in self._ranks.items():
+            if uid in self._members:  # so that it is known even of a member that fails at once
+                self._members[uid].group_rank = rank
+                self._members[uid].group_world_size = len(membership.pod_uids)
         self.floor = max(self.floor, membership.generation)
         self.over_through = max(self.over_through, membership.generation - 1)
         self.over = False

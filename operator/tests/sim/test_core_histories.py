@@ -1,0 +1,264 @@
+"""Random histories of one training: whatever users, nodes, pods and the operator's own process do,
+the promises of the operator hold, and once the faults stop it comes to rest where the spec says.
+
+`DSTRAIN_HISTORIES=50000 pytest operator/tests/sim` runs more of them, each run other ones; a
+failure prints the steps that lead to it, shortened.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from deepseek_operator.kube.port import NODES, PODS, TRAININGS
+from deepseek_operator.local.memory import TERMINAL_PHASES
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sim_cluster import evicted_status, exit_status, now
+from sim_promises import Promises
+from sim_world import HEARTBEAT_TIMEOUT_S, NAME, NAMESPACE, World
+
+HISTORIES = int(os.environ.get("DSTRAIN_HISTORIES", "2000"))
+NODE_NAMES = ("n0", "n1", "n2")
+
+slots = st.integers(0, 2)
+nodes = st.sampled_from(NODE_NAMES)
+
+
+class Histories(RuleBasedStateMachine):
+    """A training, and everything that may happen to it."""
+
+    world: World
+    promises: Promises
+
+    @initialize(
+        replicas=st.integers(1, 3),
+        elastic=st.booleans(),
+        application=st.integers(0, 3),
+        infrastructure=st.integers(1, 4),
+        total_steps=st.sampled_from([30, 10**9, 10**9]),
+    )
+    def submit(
+        self,
+        replicas: int,
+        elastic: bool,
+        application: int,
+        infrastructure: int,
+        total_steps: int,
+    ) -> None:
+        self.spec = _spec(replicas, elastic, application, infrastructure)
+        self.world = World(self.spec, nodes=len(NODE_NAMES))
+        self.world.agents.total_steps = total_steps
+        self.promises = Promises(self.world)
+
+    @rule(ticks=st.integers(1, 6))
+    def time_passes(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.world.tick()
+
+    @rule(ticks=st.integers(10, 60))
+    def much_time_passes(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.world.tick()
+
+    # The user.
+
+    @rule(suspend=st.booleans())
+    def suspend_or_resume(self, suspend: bool) -> None:
+        self._edit(lambda t: t["spec"].update(suspend=suspend))
+
+    @rule(replicas=st.integers(1, 3))
+    def scale(self, replicas: int) -> None:
+        self._edit(lambda t: t["spec"]["workers"].update(replicas=replicas))
+
+    @rule(value=st.integers(0, 1000))
+    def edit_something_else(self, value: int) -> None:
+        self._edit(lambda t: t["spec"].update(ttlSecondsAfterFinished=100_000 + value))
+
+    @rule()
+    def break_the_spec(self) -> None:
+        self._edit(lambda t: t["spec"]["workers"].update(replicas="many"))
+
+    @rule(again=st.booleans())
+    def delete_the_training(self, again: bool) -> None:
+        stored = self.world.stored
+        if stored is None:
+            return
+        uid = stored["metadata"]["uid"]
+        now(self.world.cluster.delete(TRAININGS, NAMESPACE, NAME, uid=uid))
+        if again:
+            self.world.submit(self.spec)
+
+    @rule(slot=slots, force=st.booleans())
+    def delete_a_pod(self, slot: int, force: bool) -> None:
+        for pod in self._pods(slot):
+            grace_s = 0 if force else None
+            meta = pod["metadata"]
+            now(
+                self.world.cluster.delete(
+                    PODS, NAMESPACE, meta["name"], uid=meta["uid"], grace_s=grace_s
+                )
+            )
+
+    # What runs.
+
+    @rule(slot=slots, code=st.sampled_from([1, -9]))
+    def a_worker_process_dies(self, slot: int, code: int) -> None:
+        for pod in self._alive(slot):
+            self.promises.application_faults += 1
+            self.world.agents.fail_worker(pod["metadata"]["uid"], code)
+
+    @rule(slot=slots, how=st.sampled_from(["error", "oom", "evicted"]))
+    def a_pod_fails(self, slot: int, how: str) -> None:
+        for pod in self._alive(slot):
+            if how == "evicted":
+                self.promises.infrastructure_faults += 1
+                status = evicted_status()
+            else:
+                self.promises.application_faults += 1
+                status = exit_status(137, why="OOMKilled") if how == "oom" else exit_status(1)
+            self.world.agents.end(pod["metadata"]["uid"], status)
+
+    @rule(slot=slots)
+    def a_pod_is_drained(self, slot: int) -> None:
+        for pod in self._pods(slot):
+            meta = pod["metadata"]
+            said = {
+                "type": "DisruptionTarget",
+                "status": "True",
+                "reason": "EvictionByEvictionAPI",
+            }
+            kept = [c for c in pod["status"].get("conditions", ()) if c["type"] != said["type"]]
+            self.world.cluster.set_pod_status(
+                NAMESPACE, meta["name"], {"conditions": [*kept, said]}
+            )
+            now(self.world.cluster.delete(PODS, NAMESPACE, meta["name"], uid=meta["uid"]))
+
+    # What it runs on.
+
+    @rule(node=nodes, powered=st.booleans())
+    def power(self, node: str, powered: bool) -> None:
+        self.promises.infrastructure_faults += 1
+        self.world.kubelets.set_reachable(node, powered=powered)
+
+    @rule(node=nodes, connected=st.booleans())
+    def network(self, node: str, connected: bool) -> None:
+        self.promises.infrastructure_faults += 1
+        self.world.kubelets.set_reachable(node, connected=connected)
+
+    # The operator's own troubles.
+
+    @rule(ticks=st.integers(0, 8))
+    def the_operator_dies(self, ticks: int) -> None:
+        self.world.crash(ticks=ticks)
+
+    @rule(writes=st.integers(0, 8))
+    def the_operator_will_die_at_a_write(self, writes: int) -> None:
+        self.world.faults.crash_in = writes
+
+    @rule(writes=st.integers(0, 5))
+    def a_write_will_fail(self, writes: int) -> None:
+        self.world.faults.fail_in = writes
+
+    @rule(cache=st.sampled_from([PODS.plural, NODES.plural, TRAININGS.plural]))
+    def a_cache_lags(self, cache: str) -> None:
+        self.world.lagging.add(cache)
+
+    @precondition(lambda self: self.world.lagging)
+    @rule()
+    def the_caches_catch_up(self) -> None:
+        self.world.lagging.clear()
+
+    @rule(full=st.booleans())
+    def quota(self, full: bool) -> None:
+        self.world.faults.quota_full = full
+
+    # What always holds.
+
+    @invariant()
+    def the_promises_hold(self) -> None:
+        if hasattr(self, "promises"):
+            self.promises.check()
+
+    def teardown(self) -> None:
+        """The faults stop; the training comes to rest where its spec says."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.lagging.clear()
+        world.faults.crash_in = world.faults.fail_in = None
+        world.faults.quota_full = False
+        for node in NODE_NAMES:
+            world.kubelets.set_reachable(node, powered=True, connected=True)
+        stored = world.stored
+        if stored and not isinstance(stored["spec"]["workers"]["replicas"], int):
+            self._edit(lambda t: t["spec"]["workers"].update(replicas=2))
+        self.promises.check_rest()
+
+    def _edit(self, change: Any) -> None:
+        if self.world.stored is not None:
+            self.world.cluster.edit(TRAININGS, NAMESPACE, NAME, change)
+
+    def _pods(self, slot: int) -> list[dict[str, Any]]:
+        stored = self.world.stored
+        uid = stored["metadata"]["uid"] if stored else ""
+        return [
+            pod
+            for pod in self.world.cluster.objects(PODS)
+            if pod["metadata"]["labels"]["dstrain.dev/slot"] == str(slot)
+            and pod["metadata"]["ownerReferences"][0]["uid"] == uid
+            and pod["status"]["phase"] not in TERMINAL_PHASES
+        ]
+
+    def _alive(self, slot: int) -> list[dict[str, Any]]:
+        agents = self.world.agents.by_uid
+        return [p for p in self._pods(slot) if p["metadata"]["uid"] in agents]
+
+
+def _spec(replicas: int, elastic: bool, application: int, infrastructure: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "entrypoint": {"module": "program"},
+        "workers": {"replicas": replicas},
+        "recovery": {
+            "heartbeatTimeout": f"{HEARTBEAT_TIMEOUT_S:g}s",
+            "budgets": {
+                "application": {"max": application, "window": "1h"},
+                "infrastructure": {"max": infrastructure, "window": "1h"},
+            },
+        },
+    }
+    if elastic:
+        spec["elastic"] = {
+            "minReplicas": 1,
+            "maxReplicas": 3,
+            "replacementWait": "5s",
+            "scaleUpSnooze": "5s",
+        }
+    return spec
+
+
+def test_every_history_keeps_the_promises_and_comes_to_rest() -> None:
+    run_state_machine_as_test(
+        Histories,
+        settings=settings(
+            max_examples=HISTORIES,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize="DSTRAIN_HISTORIES" not in os.environ,
+            print_blob=True,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+__all__ = ["NODES"]
