@@ -160,6 +160,7 @@ def test_a_file_uri_is_a_path() -> None:
     assert resolve("builtin://mini") == BUILTIN / "mini"
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=st.text(max_size=5))
 def test_a_permutation_meets_every_index_once(size: int, key: str) -> None:
     assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
@@ -171,6 +172,7 @@ def test_permutations_of_two_keys_differ() -> None:
     assert sum(abs(a - b) < 50 for a, b in pairwise(one)) < 200
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=64))
 def test_shares_fill_a_block_and_follow_the_weights(weights: list[float]) -> None:
     counts = shares(weights)
@@ -185,7 +187,7 @@ def mini() -> Corpus:
     return Corpus(MINI, sequence_length=1000)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
 def test_an_epoch_of_one_source_reads_every_sample_once(
     mini: Corpus, seed: int, epoch: int
@@ -212,6 +214,7 @@ def test_every_source_of_a_mixture_is_read_through_before_it_is_read_again(mini:
         assert counts.max() <= -(-turns // mini.samples)
 
 
+@settings(deadline=None)
 @given(position=st.integers(0, 10**12))
 def test_a_position_survives_its_state(mini: Corpus, position: int) -> None:
     stream = Stream([mini], [1.0], 1)

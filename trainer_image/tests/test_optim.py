@@ -10,7 +10,7 @@ from deepseek_trainer.parallel.mesh import join_world
 from deepseek_trainer.schedule import learning_rate
 from deepseek_trainer.state.checkpoint import Progress
 from dstrain_api.spec import OptimizerSpec, ScheduleSpec, WarmupSpec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .examples import config
@@ -32,6 +32,7 @@ def test_the_rate_rises_linearly_and_falls_to_its_floor() -> None:
     assert learning_rate(spec("constant"), TOTAL, TOTAL) == 1.0
 
 
+@settings(deadline=None)
 @given(st.integers(1, TOTAL), st.floats(0, 1), st.floats(0, 1))
 def test_the_rate_stays_between_zero_and_its_peak(tokens: int, warmup: float, floor: float) -> None:
     assert 0 <= learning_rate(spec(warmup=warmup, floor=floor), tokens, TOTAL) <= 1.0
