@@ -21,6 +21,7 @@ from dstrain.local.folder import RunFolder
 from dstrain.local.run import NAMESPACE, LocalRun
 from dstrain.local.terminal import Terminal
 from dstrain.local.view import condition
+from dstrain.manifest import checked_training
 from dstrain_api.status import DeepSeekTrainingStatus
 
 PATIENCE_S = 240.0  # the machine may be busy with other things
@@ -257,6 +258,43 @@ def test_nothing_is_left_of_a_run_that_was_killed(running: subprocess.Popen[str]
     while [pid for pid in left if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_a_node_without_power_is_avoided_and_its_worker_replaced(tmp_path: Path) -> None:
+    program = """
+        import os, time
+        from dstrain import report, report_done
+        for step in range(1, 100_000):
+            report(step=step, loss=1.0)
+            time.sleep(0.05)
+            if os.path.exists("finish"):
+                break
+    """
+    path = write_script(tmp_path, program.replace("finish", str(tmp_path / "finish")), replicas=2)
+    nodes = ("a", "b", "c")
+
+    async def train() -> tuple[str, DeepSeekTrainingStatus, str]:
+        folder = RunFolder(tmp_path / "run")
+        local = LocalRun(checked_training(path), folder, Terminal(sys.stdout), nodes)
+        told = Told(local)
+        async with local.running(), asyncio.timeout(PATIENCE_S):
+            await told.steps_past(5)
+            (lost,) = [p for p in local.cluster.objects(PODS) if "-1-" in p["metadata"]["name"]]
+            local.cluster.power_off(lost["spec"]["nodeName"])
+            await told.steps_past(0, generation=local.status.generation)
+            status = local.status
+            (made,) = [p for p in local.cluster.objects(PODS) if "-1-" in p["metadata"]["name"]]
+            (tmp_path / "finish").touch()
+            await local.until_finished()
+        folder.close()
+        assert local.status.phase == "Complete"
+        return lost["spec"]["nodeName"], status, made["spec"]["nodeName"]
+
+    lost_node, status, new_node = asyncio.run(train())
+    (entry,) = status.history
+    assert (entry.failure_class, entry.reason) == ("infrastructure", "NodeLost")
+    assert entry.node == lost_node
+    assert new_node in set(nodes) - {lost_node}
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

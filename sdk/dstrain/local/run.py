@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,22 @@ OK, FAILED = 0, 1
 
 
 class LocalRun:
-    """One training in one folder, from its start to its end or to the next Ctrl-C."""
+    """One training in one folder, from its start to its end or to the next Ctrl-C.
 
-    def __init__(self, training: dict[str, Any], folder: RunFolder, terminal: Terminal) -> None:
+    This machine poses as `nodes`.
+    """
+
+    def __init__(
+        self,
+        training: dict[str, Any],
+        folder: RunFolder,
+        terminal: Terminal,
+        nodes: Sequence[str] = ("local",),
+    ) -> None:
         self.name: str = training["metadata"]["name"]
         self.folder = folder
         self.terminal = terminal
-        self.cluster = LocalCluster(folder.path)
+        self.cluster = LocalCluster(folder.path, nodes=nodes)
         self.coordinator = Coordinator(clock=time.time)
         self.server = ServerThread(make_app(self.coordinator))
         self.controller = Controller(
