@@ -11,13 +11,11 @@ import random
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, Final
-
-import kopf
 
 from deepseek_operator import handlers, logs
 from deepseek_operator.kube.api import ApiCluster
@@ -32,8 +30,7 @@ from deepseek_operator.settings import Configuration, from_environment
 ANY_ADDRESS: Final = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104
 LOOP_LAG_LIMIT_S: Final = 5.0
 HOST_RESTART_S: Final = 5.0
-HOST_STOP_S: Final = 2.0
-FIRST_LIST_RETRY_S: Final = 2.0
+LIST_RETRY_S: Final = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -44,49 +41,13 @@ def steady_clock() -> Callable[[], float]:
     return lambda: time.monotonic() + offset_s
 
 
-class KopfThread:
-    """kopf in its own thread and loop, so that what it cancels at its end is only its own."""
-
-    def __init__(self, namespaces: Sequence[str], registry: kopf.OperatorRegistry) -> None:
-        self._namespaces = namespaces
-        self._registry = registry
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
-
-    def start(self) -> None:
-        """Watch from now on."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop watching. It has nothing to lose, so it is not waited for long."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(HOST_STOP_S)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                asyncio.run(
-                    kopf.operator(
-                        registry=self._registry,
-                        settings=handlers.settings(),
-                        standalone=True,
-                        clusterwide=not self._namespaces,
-                        namespaces=self._namespaces,
-                        stop_flag=self._stop,
-                    )
-                )
-            except Exception:
-                log.exception("the watch of trainings ended, starting it again")
-            self._stop.wait(HOST_RESTART_S)
-
-
 class Operator:
     """All parts, put together."""
 
     def __init__(self, configuration: Configuration, cluster: ApiCluster, metrics: OperatorMetrics):
         self._cluster = cluster
         self._namespaces = configuration.namespaces or ("",)
+        self._listed = False
         clock = steady_clock()
         coordinator = Coordinator(clock=clock)
         self.controller = Controller(
@@ -103,7 +64,7 @@ class Operator:
             coordinator,
             metrics=metrics.expose,
             unhealthy=self._unhealthy,
-            unready=lambda: self.controller.unready,
+            unready=self._unready,
         )
         self.server = ServerThread(
             app,
@@ -115,6 +76,32 @@ class Operator:
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Work until `stopped`; then finish what is being done. Raises what a bug raises."""
+        self.server.start()
+        log.info("listening on port %d", self.server.port)
+        controlling = asyncio.create_task(self.controller.run())
+        watching = asyncio.create_task(self._keep_watching())
+        stopping = asyncio.create_task(stopped.wait())
+        try:
+            await asyncio.wait(
+                [controlling, watching, stopping], return_when=asyncio.FIRST_COMPLETED
+            )
+            log.info("stopping: finishing what is being done")
+            self.controller.stop()
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            await controlling
+        finally:
+            await asyncio.to_thread(self.server.stop)
+            await self._cluster.close()
+            log.info("stopped")
+
+    async def _keep_watching(self) -> None:
+        """Let kopf watch the trainings; list them now and then, and before each start of kopf.
+
+        It serves only a resource that exists when it starts, and misses what is deleted while it
+        does not watch.
+        """
         loop = asyncio.get_running_loop()
 
         def changed(stored: dict[str, Any]) -> None:
@@ -123,46 +110,38 @@ class Operator:
         def deleted(stored: dict[str, Any]) -> None:
             loop.call_soon_threadsafe(remove_object, self.controller, stored)
 
-        host = KopfThread(
-            [n for n in self._namespaces if n],
-            handlers.registry(changed=changed, deleted=deleted),
-        )
-        self.server.start()
-        log.info("listening on port %d", self.server.port)
-        controlling = asyncio.create_task(self.controller.run())
-        listing = asyncio.create_task(self._keep_listing(host))
-        stopping = asyncio.create_task(stopped.wait())
-        await asyncio.wait([controlling, listing, stopping], return_when=asyncio.FIRST_COMPLETED)
-        log.info("stopping: finishing what is being done")
-        listing.cancel()
-        self.controller.stop()
-        try:
-            await controlling
-        finally:
-            await asyncio.to_thread(host.stop)
-            await asyncio.to_thread(self.server.stop)
-            await self._cluster.close()
-            log.info("stopped")
+        registry = handlers.registry(changed=changed, deleted=deleted)
+        while True:
+            await self._list()
+            host = handlers.KopfThread([n for n in self._namespaces if n], registry)
+            host.start()
+            try:
+                while not await host.ended_within(RESYNC_S * random.uniform(0.8, 1.2)):  # noqa: S311
+                    await self._list()
+            finally:
+                await host.stop()
+            await asyncio.sleep(HOST_RESTART_S)
 
-    async def _keep_listing(self, host: KopfThread) -> None:
-        """List all trainings now and then; kopf only serves what exists when it starts."""
-        started = False
+    async def _list(self) -> None:
+        """Compare the trainings with those of the API server, as soon as that is possible."""
         while True:
             try:
                 await relist(self.controller, self._cluster, self._namespaces)
             except ClusterError as error:
-                missing = "the resource is not installed: apply the CRD of DeepSeekTraining; "
+                hint = " (is the CRD of DeepSeekTraining installed?)"
                 log.warning(
                     "cannot list trainings, trying again: %s%s",
-                    missing if isinstance(error, NotFound) else "",
                     error,
+                    hint if isinstance(error, NotFound) else "",
                 )
-                await asyncio.sleep(FIRST_LIST_RETRY_S * (1 + random.random()))  # noqa: S311
-                continue
-            if not started:
-                host.start()
-                started = True
-            await asyncio.sleep(RESYNC_S * (0.8 + 0.4 * random.random()))  # noqa: S311
+                await asyncio.sleep(LIST_RETRY_S * random.uniform(0.8, 1.2))  # noqa: S311
+            else:
+                self._listed = True
+                return
+
+    def _unready(self) -> Sequence[str]:
+        unlisted = () if self._listed else ("the list of trainings is not complete yet",)
+        return (*unlisted, *self.controller.unready)
 
     def _unhealthy(self) -> Sequence[str]:
         late_s = self.controller.pulse.late_s

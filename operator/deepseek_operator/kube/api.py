@@ -259,7 +259,7 @@ def _failure(status: int, answer: bytes) -> ClusterError:
     except ValueError:
         told = {}
     if not isinstance(told, dict) or told.get("kind") != "Status":
-        told = {"message": answer[:500].decode(errors="replace")}
+        told = {"message": answer[:500].decode(errors="replace").strip()}
     return _failed({"code": status, **told})
 
 
