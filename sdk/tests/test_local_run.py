@@ -297,6 +297,28 @@ def test_a_node_without_power_is_avoided_and_its_worker_replaced(tmp_path: Path)
     assert new_node in set(nodes) - {lost_node}
 
 
+def test_a_folder_is_not_taken_over_by_another_training(tmp_path: Path) -> None:
+    path = write_script(tmp_path, "pass")
+    spec = checked_training(path)["spec"]
+    held = RunFolder(tmp_path / "runs" / "script")
+    held.save({"spec": spec | {"workers": {"replicas": 7}}, "status": {}})
+    held.refuse_another(spec)  # another size is no other training
+    held.save({"spec": spec | {"entrypoint": {"module": "other"}}, "status": {}})
+    held.close()
+    ended = dstrain(tmp_path, "run", path.name)
+    assert ended.returncode == 2
+    assert "holds a run with another entrypoint; name another --dir" in ended.stderr
+
+
+def test_a_complete_run_is_not_run_again(tmp_path: Path) -> None:
+    path = write_script(tmp_path, "pass")
+    held = RunFolder(tmp_path / "runs" / "script")
+    held.save({"spec": checked_training(path)["spec"], "status": {"phase": "Complete"}})
+    held.close()
+    ended = dstrain(tmp_path, "run", path.name)
+    assert (ended.returncode, "is complete" in ended.stdout) == (0, True)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     path = write_script(tmp_path, "pass")
     held = RunFolder(tmp_path / "runs" / "script")

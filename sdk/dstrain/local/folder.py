@@ -11,14 +11,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dstrain_api.rules import TRANSITIONS, validate
 from dstrain_api.status import DeepSeekTrainingStatus
+
+FIXED = tuple(t.field for t in TRANSITIONS if t.name.endswith("-fixed"))  # as on a cluster
 
 
 class RunInUse(ValueError):
     """Another program trains in this folder."""
+
+
+class AnotherTraining(ValueError):
+    """The folder belongs to a training that this one cannot go on from."""
 
 
 class RunFolder:
@@ -55,11 +63,47 @@ class RunFolder:
 
     def previous(self) -> DeepSeekTrainingStatus | None:
         """The status that the last run in this folder left; None in a new one."""
-        try:
-            stored = json.loads((self.path / "training.json").read_text())
-        except FileNotFoundError:
+        stored = self._stored()
+        if stored is None:
             return None
         return DeepSeekTrainingStatus.model_validate(stored.get("status", {}), extra="ignore")
+
+    def refuse_another(self, spec: Mapping[str, Any]) -> None:
+        """Raises AnotherTraining unless a run with this spec may go on from the last one here."""
+        stored = self._stored()
+        if stored is None:
+            return
+        before, now = (_complete(s) for s in (stored["spec"], spec))
+        changed = [f for f in FIXED if _value(before, f) != _value(now, f)]
+        if changed:
+            raise AnotherTraining(
+                f"{self.path} holds a run with another {', '.join(changed)}; name another --dir"
+            )
+
+    def has_completed(self, spec: Mapping[str, Any]) -> bool:
+        """Whether exactly this was trained here to its end."""
+        stored, previous = self._stored(), self.previous()
+        if stored is None or previous is None or previous.phase != "Complete":
+            return False
+        return _complete({**stored["spec"], "suspend": False}) == _complete(spec)
+
+    def _stored(self) -> dict[str, Any] | None:
+        try:
+            stored: dict[str, Any] = json.loads((self.path / "training.json").read_text())
+        except FileNotFoundError:
+            return None
+        return stored
+
+
+def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return validate(spec).model_dump(mode="json", by_alias=True)
+
+
+def _value(spec: dict[str, Any], path: str) -> Any:
+    found: Any = spec
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def carried_over(status: DeepSeekTrainingStatus) -> DeepSeekTrainingStatus:

@@ -179,22 +179,28 @@ class LocalRun:
 def run(training: dict[str, Any], path: Path, *, follow: bool) -> int:
     """Train until the end; the exit code.
 
-    Raises RunInUse when the folder belongs to another run.
+    Raises RunInUse, AnotherTraining.
     """
     folder = RunFolder(path)
+    folder.refuse_another(training["spec"])
+    terminal = Terminal(sys.stdout)
+    if folder.has_completed(training["spec"]):
+        terminal.say(f"{_short(path)} is complete; raise training.total, or name another --dir")
+        return OK
     logging.basicConfig(
         filename=folder.operator_log,
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        return asyncio.run(_run(training, folder, follow=follow))
+        return asyncio.run(_run(training, folder, terminal, follow=follow))
     finally:
         folder.close()
 
 
-async def _run(training: dict[str, Any], folder: RunFolder, *, follow: bool) -> int:
-    terminal = Terminal(sys.stdout)
+async def _run(
+    training: dict[str, Any], folder: RunFolder, terminal: Terminal, *, follow: bool
+) -> int:
     local = LocalRun(training, folder, terminal)
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
