@@ -173,3 +173,22 @@ def test_stream_that_ends_at_once_again_and_again_is_not_a_busy_loop(run_in_fake
         assert len(w.cluster.watched_from) < 12
 
     run_in_fake_time(main())
+
+
+def test_created_object_is_known_before_its_event_but_not_after_its_deletion(
+    run_in_fake_time: Run,
+) -> None:
+    async def main() -> None:
+        w = Watched()
+        w.cluster.lists = [[Page([], "10")]]
+        w.cluster.watches = [[1.0, event("ADDED", "b", 20), event("DELETED", "b", 21), 1000.0]]
+        task = asyncio.create_task(w.informer.run())
+        await asyncio.sleep(0.5)
+        w.informer.expect(pod("a", 11))
+        assert w.held == {"a": "Running"}
+        await asyncio.sleep(1)
+        w.informer.expect(pod("b", 20))
+        assert w.held == {"a": "Running"}, "the watch has told of its deletion already"
+        task.cancel()
+
+    run_in_fake_time(main())

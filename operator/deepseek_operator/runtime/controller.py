@@ -30,7 +30,7 @@ from deepseek_operator.kube.port import NODES, PODS, Cluster, ClusterError, NotF
 from deepseek_operator.metrics import OperatorMetrics
 from deepseek_operator.runtime.act import Outcome, act
 from deepseek_operator.runtime.coordinator import DEFAULT_SILENCE_S, Coordinator, training_token
-from deepseek_operator.runtime.informer import Informer
+from deepseek_operator.runtime.informer import Informer, newer
 from deepseek_operator.runtime.pulse import Pulse
 from deepseek_operator.runtime.queue import KeyedQueue
 from deepseek_operator.runtime.views import node_view, pod_view
@@ -86,7 +86,7 @@ class Controller:
         self._written_at_s: dict[Key, float] = {}
         self._was_blind = ""
         self._stopped = asyncio.Event()
-        pods = [
+        self._pod_informers = [
             Informer(
                 cluster,
                 PODS,
@@ -101,12 +101,15 @@ class Controller:
         nodes = Informer(
             cluster, NODES, narrow=node_view, on_change=self._node_changed, jitter=jitter
         )
-        self.informers: tuple[Informer[PodView] | Informer[NodeView], ...] = (*pods, nodes)
+        self.informers: tuple[Informer[PodView] | Informer[NodeView], ...] = (
+            *self._pod_informers,
+            nodes,
+        )
 
     def put(self, training: Training) -> None:
         """Take a training as it is now; one older than what was seen or written is ignored."""
         known = self.trainings.get(training.key)
-        if known and not _newer(training.resource_version, known.resource_version):
+        if known and not newer(training.resource_version, known.resource_version):
             return
         if known and known.uid != training.uid:
             self.remove(known.key, known.uid)
@@ -203,6 +206,7 @@ class Controller:
             self.remove(key, training.uid)
             return "success"
         self._take_over(training, decided, outcome.resource_version)
+        self._expect(outcome)
         self._remember_refusal(key, decided, outcome)
         if outcome.conflict:
             self.queue.retry(key)
@@ -244,14 +248,22 @@ class Controller:
         known = self.trainings.get(key)
         if status is None or known is None or known.uid != training.uid:
             return
-        if not _newer(resource_version, training.resource_version):
+        if not newer(resource_version, training.resource_version):
             return
         self._written_at_s[key] = self._clock()
         self.metrics.status_written(key, training.status, status)
-        if _newer(resource_version, known.resource_version):
+        if newer(resource_version, known.resource_version):
             self.trainings[key] = replace(
                 training, status=status, resource_version=resource_version
             )
+
+    def _expect(self, outcome: Outcome) -> None:
+        """Know the pods just made before the watch tells of them, so as not to make them again."""
+        for stored in outcome.created:
+            if stored["kind"] == PODS.kind:
+                for informer in self._pod_informers:
+                    if informer.namespace in ("", stored["metadata"]["namespace"]):
+                        informer.expect(stored)
 
     def _remember_refusal(self, key: Key, decided: Plan, outcome: Outcome) -> None:
         """What was refused stays refused until a create succeeds; the status has to say so soon."""
@@ -314,11 +326,3 @@ class Controller:
         for key in keys:
             if key in self.trainings:
                 self.queue.add(key)
-
-
-def _newer(version: str, than: str) -> bool:
-    """Whether a resourceVersion is later than another: they are comparable as whole numbers.
-
-    https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
-    """
-    return int(version or 0) > int(than or 0)

@@ -49,8 +49,9 @@ class Informer(Generic[V]):
         self._narrow = narrow
         self._on_change = on_change
         self._jitter = jitter
-        self._namespace = namespace
+        self.namespace = namespace
         self._label_selector = label_selector
+        self._version = ""  # up to which the changes are known; empty before the first list
         self._failures = 0
         self._lost_at_s: float | None = None  # loop time
         self._heard_at_s = 0.0
@@ -58,7 +59,7 @@ class Informer(Generic[V]):
     @property
     def name(self) -> str:
         """What it holds, for a person."""
-        where = f" in {self._namespace}" if self._namespace else ""
+        where = f" in {self.namespace}" if self.namespace else ""
         return self._resource.plural + where
 
     @property
@@ -72,18 +73,23 @@ class Informer(Generic[V]):
         """Since the last event, bookmark or page."""
         return asyncio.get_running_loop().time() - self._heard_at_s
 
+    def expect(self, stored: dict[str, Any]) -> None:
+        """Take in an object that was just created, unless the watch has already come past it."""
+        view = self._narrow(stored)
+        if view is not None and newer(stored["metadata"]["resourceVersion"], self._version):
+            self._set(_id(stored), view)
+
     async def run(self) -> None:
         """List and watch until cancelled."""
-        version = ""
         self._heard()
         while True:
             try:
-                if not version:
-                    version = await self._list()
-                version = await self._watch(version)
+                if not self._version:
+                    self._version = await self._list()
+                await self._watch()
             except Gone as error:
                 log.info("history of %s is gone, listing again: %s", self.name, error)
-                version = ""
+                self._version = ""
                 await self._pause()
             except ClusterError as error:
                 if self._lost_at_s is None:
@@ -95,7 +101,7 @@ class Informer(Generic[V]):
         found: dict[Id, V] = {}
         version = ""
         async for page in self._cluster.list_pages(
-            self._resource, namespace=self._namespace, label_selector=self._label_selector
+            self._resource, namespace=self.namespace, label_selector=self._label_selector
         ):
             self._heard()
             version = page.resource_version
@@ -110,37 +116,36 @@ class Informer(Generic[V]):
         self.synced = True
         return version
 
-    async def _watch(self, version: str) -> str:
-        """Follow changes until the stream ends; return where the next one goes on."""
+    async def _watch(self) -> None:
+        """Follow changes until the stream ends."""
         began_s = asyncio.get_running_loop().time()
         reached = False
         try:
             async for event in self._cluster.watch(
                 self._resource,
-                resource_version=version,
-                namespace=self._namespace,
+                resource_version=self._version,
+                namespace=self.namespace,
                 label_selector=self._label_selector,
             ):
                 reached = True
                 self._heard()
-                version = self._apply(event)
+                self._apply(event)
         except Gone:
             raise
         except ClusterError as error:
             if not reached:
                 raise
-            log.info("watch of %s broke, going on from %s: %s", self.name, version, error)
+            log.info("watch of %s broke, going on: %s", self.name, error)
         if asyncio.get_running_loop().time() - began_s < SHORTEST_WATCH_S:
             await self._pause()
         else:
             self._failures = 0
-        return version
 
-    def _apply(self, event: WatchEvent) -> str:
+    def _apply(self, event: WatchEvent) -> None:
+        self._version = str(event.object["metadata"]["resourceVersion"])
         if event.type != "BOOKMARK":
             gone = event.type == "DELETED"
             self._set(_id(event.object), None if gone else self._narrow(event.object))
-        return str(event.object["metadata"]["resourceVersion"])
 
     def _set(self, key: Id, after: V | None) -> None:
         before = self.items.get(key)
@@ -165,3 +170,11 @@ class Informer(Generic[V]):
 def _id(stored: dict[str, Any]) -> Id:
     meta = stored["metadata"]
     return meta.get("namespace", ""), meta["name"]
+
+
+def newer(version: str, than: str) -> bool:
+    """Whether a resourceVersion is later than another: they are comparable as whole numbers.
+
+    https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
+    """
+    return int(version or 0) > int(than or 0)
