@@ -145,6 +145,7 @@ class Gang:
             names.ENV_BEAT_INTERVAL: str(BEAT_S),
             names.ENV_METRICS_PORT: "0",
             "GLOO_SOCKET_IFNAME": "lo",
+            "TMPDIR": str(self.folder),  # killed agents leave their folders
             "OMP_NUM_THREADS": "1",
         }
         with (self.folder / f"log-{slot}").open("ab") as log:
