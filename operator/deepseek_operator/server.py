@@ -32,14 +32,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
 import uvicorn
 from dstrain_api.protocol import Assignment, Beat, Commit, Join, Report
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
@@ -136,11 +136,20 @@ def make_app(
     ):
         app.add_exception_handler(error, _refusal(status, headers))
 
+    app.include_router(_workers(coordinator, waiters, join_wait_s))
+    app.include_router(_watchers(metrics, unhealthy, unready))
+    return app
+
+
+def _workers(coordinator: Coordinator, waiters: Waiters, join_wait_s: float) -> APIRouter:
+    """What agents call."""
+    routes = APIRouter(prefix="/v1/trainings/{uid}")
+
     async def message(request: Request, uid: str, kind: type[Message]) -> Message:
         _authenticate(coordinator, uid, request)
         return _parse(kind, await _body(request))
 
-    @app.post("/v1/trainings/{uid}/join")
+    @routes.post("/join")
     async def join(uid: str, request: Request) -> Response:
         asked = await message(request, uid, Join)
         loop = asyncio.get_running_loop()
@@ -160,38 +169,45 @@ def make_app(
             if await request.is_disconnected():
                 return Response(status_code=499)  # a pod that has gone must not join once more
 
-    @app.post("/v1/trainings/{uid}/beat")
+    @routes.post("/beat")
     async def beat(uid: str, request: Request) -> Response:
         return _json(coordinator.beat(uid, await message(request, uid, Beat)))
 
-    @app.post("/v1/trainings/{uid}/report")
+    @routes.post("/report")
     async def report(uid: str, request: Request) -> Response:
         coordinator.report(uid, await message(request, uid, Report))
         return Response(status_code=204)
 
-    @app.post("/v1/trainings/{uid}/commit")
+    @routes.post("/commit")
     async def commit(uid: str, request: Request) -> Response:
         return _json(coordinator.commit(uid, await message(request, uid, Commit)))
 
-    @app.get("/metrics")
+    return routes
+
+
+def _watchers(metrics: Callable[[], bytes], unhealthy: Problems, unready: Problems) -> APIRouter:
+    """What Prometheus and the kubelet call."""
+    routes = APIRouter()
+
+    @routes.get("/metrics")
     async def expose() -> Response:
         return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/healthz")
+    @routes.get("/healthz")
     async def healthz() -> Response:
         return _probe(unhealthy())
 
-    @app.get("/readyz")
+    @routes.get("/readyz")
     async def readyz() -> Response:
         return _probe(unready())
 
-    return app
+    return routes
 
 
 def _refusal(
     status: int, headers: dict[str, str] | None
-) -> Callable[[Request, Exception], Response]:
-    def answer(_request: Request, error: Exception) -> Response:
+) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_request: Request, error: Exception) -> Response:
         return JSONResponse({"detail": str(error)}, status_code=status, headers=headers)
 
     return answer

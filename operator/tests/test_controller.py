@@ -304,6 +304,7 @@ def test_while_the_api_server_is_away_nothing_is_decided_and_silence_is_forgiven
             await bench.train(60)
             assert "API server" in bench.controller.blind
             assert not bench.controller.unhealthy, "a restart would not help"
+            assert not bench.controller.unready, "the pods still need the coordinator"
             bench.cluster.away = False
             await bench.train(30)
             assert bench.controller.blind == ""

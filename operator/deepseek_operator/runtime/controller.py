@@ -134,9 +134,9 @@ class Controller:
     @property
     def blind(self) -> str:
         """Why nothing can be decided at present; empty when all can be seen."""
+        if unlisted := list(self._unlisted()):
+            return unlisted[0]
         for informer in self.informers:
-            if not informer.synced:
-                return f"the list of {informer.name} is not complete yet"
             if informer.lost_s > BLIND_AFTER_S:
                 return f"no contact to the API server for {informer.lost_s:.0f} s"
         return ""
@@ -284,8 +284,14 @@ class Controller:
     def _tick(self, lag_s: float) -> None:
         self._coordinator.tick()
         self.metrics.lagged(lag_s)
-        self.unready = tuple(filter(None, [self.blind]))
+        self.unready = tuple(self._unlisted())
         self.unhealthy = tuple(self._defects())
+
+    def _unlisted(self) -> Iterator[str]:
+        """Once listed is ready for good: worker pods need the coordinator also without the API."""
+        for informer in self.informers:
+            if not informer.synced:
+                yield f"the list of {informer.name} is not complete yet"
 
     def _defects(self) -> Iterator[str]:
         """What a restart of this process may cure; an API server that is away is none of that."""
