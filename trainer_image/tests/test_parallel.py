@@ -98,25 +98,33 @@ def test_steps_equal_those_of_one_process(
         assert step == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_learns_in_sixteen_bits_on_two_ranks() -> None:
-    (last, *_) = launch(2, sixteen_bits)
-    for name, (first_loss, last_loss, skipped, dtype) in last.items():
-        assert last_loss < first_loss - 1.0, name
-        assert skipped <= 2, name
-        assert dtype == torch.float32, name  # weights stay in fp32
+SIXTEEN_BITS = {
+    "bf16 sharded": ("bf16", {}),
+    "bf16 tensor": ("bf16", {"tensor": 2}),
+    "fp16 sharded": ("fp16", {}),
+    "fp16 tensor": ("fp16", {"tensor": 2}),
+}
 
 
 def sixteen_bits() -> dict[str, Any]:
     device = join_world()
     found = {}
-    for compute in ("bf16", "fp16"):
-        trainer = Trainer(config(compute=compute, steps=40), device, StopFlag())
+    for name, (compute, layout) in SIXTEEN_BITS.items():
+        trainer = Trainer(config(compute=compute, steps=25, **layout), device, StopFlag())
         progress = Progress(loss_scale=LossScale.start(compute))
-        totals = [trainer.step(progress) for _ in range(40)]
+        totals = [trainer.step(progress) for _ in range(25)]
         losses = [t.loss_sum / trainer.tokens_per_step for t in totals]
         dtype = next(iter(trainer.model.parameters())).dtype
-        found[compute] = (losses[0], losses[-1], sum(not t.finite for t in totals), dtype)
+        found[name] = (losses[0], losses[-1], sum(not t.finite for t in totals), dtype)
     return found
+
+
+def test_a_model_learns_in_sixteen_bits_on_two_ranks() -> None:
+    (found, *_) = launch(2, sixteen_bits)
+    for name, (first_loss, last_loss, skipped, weights) in found.items():
+        assert last_loss < first_loss - 0.7, name
+        assert skipped <= 2, name
+        assert weights == torch.float32, name
 
 
 def test_what_the_sizes_leave_is_sharded() -> None:
