@@ -134,7 +134,7 @@ class Checkpointer:
                 continue
             return self._load(path)
         raise NoUsableCheckpoint(
-            f"NoUsableCheckpoint: {self.folder.root} had checkpoints, but none is whole. Restore "
+            f"{self.folder.root} had checkpoints, but none is whole. Restore "
             "one from a backup, or empty the folder to start again at step 0"
         )
 
