@@ -204,6 +204,16 @@ def test_silence_beyond_the_timeout_is_news_once_and_so_is_its_end() -> None:
     assert gang.news == [UID, UID]
 
 
+def test_standstill_of_the_operator_is_not_silence_of_the_pods() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.clock.now_s += 60
+    gang.coordinator.forgive(59.5)
+    gang.coordinator.tick()
+    assert gang.news == []
+    assert gang.member(0).silent_s == pytest.approx(0.5)
+
+
 def test_beat_overtaken_by_its_own_join_does_not_undo_the_join() -> None:
     gang = Gang()
     gang.form(1)

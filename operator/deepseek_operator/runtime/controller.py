@@ -40,6 +40,7 @@ TICK_S: Final = 0.5
 RESYNC_S: Final = 300.0
 BLIND_AFTER_S: Final = 10.0  # without contact to the API server nothing is decided any more
 BLIND_RETRY_S: Final = 1.0
+PAUSE_S: Final = 1.0  # a longer standstill of this process must not look like silent pods
 STUCK_AFTER_S: Final = 300.0  # every call of the API has a shorter limit
 QUIET_AFTER_S: Final = 150.0  # two bookmarks of the API server
 
@@ -134,6 +135,8 @@ class Controller:
     @property
     def blind(self) -> str:
         """Why nothing can be decided at present; empty when all can be seen."""
+        if self.pulse.late_s > PAUSE_S:
+            return "this process stood still"
         if unlisted := list(self._unlisted()):
             return unlisted[0]
         for informer in self.informers:
@@ -282,6 +285,9 @@ class Controller:
         return bool(blind)
 
     def _tick(self, lag_s: float) -> None:
+        if lag_s > PAUSE_S:
+            log.warning("stood still for %.1f s: nobody is taken for silent because of that", lag_s)
+            self._coordinator.forgive(lag_s)
         self._coordinator.tick()
         self.metrics.lagged(lag_s)
         self.unready = tuple(self._unlisted())

@@ -111,6 +111,13 @@ class Coordinator:
                 return Gathering(listening_s=listening_s)
             return roster.snapshot(now_s, listening_s=listening_s)
 
+    def forgive(self, pause_s: float) -> None:
+        """This process stood still for so long: nobody was silent, it was deaf."""
+        with self._lock:
+            now_s = self._clock()
+            for roster in self._rosters.values():
+                roster.forgive(pause_s, now_s)
+
     def tick(self) -> None:
         """Find the deadlines that have passed."""
         with self._lock:

@@ -41,15 +41,15 @@ ERRORS_LIMIT = 64  # errors kept per generation: enough to find the one that cam
 STRANGER_LIFETIME_S = 600.0  # a silent pod outside the membership is forgotten after this
 
 
-class UnknownTraining(Exception):  # noqa: N818 - an answer more than an error
+class UnknownTraining(Exception):
     """The training is not known, or not yet: ask again."""
 
 
-class Fenced(Exception):  # noqa: N818 - an answer more than an error
+class Fenced(Exception):
     """The pod was replaced and will never be a member again: it should exit."""
 
 
-class Crowded(Exception):  # noqa: N818 - an answer more than an error
+class Crowded(Exception):
     """More pods than any training may have: ask again later."""
 
 
@@ -232,6 +232,11 @@ class Roster:
             self._fenced[uid] = None
         while len(self._fenced) > FENCED_LIMIT:
             del self._fenced[next(iter(self._fenced))]
+
+    def forgive(self, pause_s: float, now_s: float) -> None:
+        """Do not take for silence what nobody could hear."""
+        for member in self._members.values():
+            member.heard_at_s = min(now_s, member.heard_at_s + pause_s)
 
     def tick(self, now_s: float) -> None:
         """Notice members that have been silent too long, and forget strangers."""
