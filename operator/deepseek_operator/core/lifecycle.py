@@ -59,13 +59,19 @@ def finish(
 
 
 def suspend(s: Situation) -> Decision | None:
-    """Pods are deleted with their grace: on SIGTERM the workers save at one step and exit."""
+    """Pods are deleted with their grace: on SIGTERM the workers save at one step and exit.
+
+    The pods after it belong to a new attempt, unless a cache that lags may still hide a living
+    pod of this one: then the same names are asked for again, which cannot make a second pod.
+    """
     if not s.spec.suspend:
         return None
     status = None
     if not holds(s.status, "Suspended"):
         text = "suspended; set suspend: false to go on from the last checkpoint"
         status = with_condition(s, s.status, "Suspended", "True", "Suspended", text)
+        if s.status.attempt and not s.in_state("vacant"):
+            status = status.model_copy(update={"attempt": s.status.attempt + 1})
     lost = [slot.pod for slot in s.in_state("lost") if slot.pod]
     lost += [p for p in s.surplus if p.uid in s.lost_surplus]
     gone = {p.uid for p in lost}
@@ -89,13 +95,13 @@ def suspend(s: Situation) -> Decision | None:
 
 
 def begin(s: Situation) -> Decision | None:
-    """The first pods, and the first ones after a suspension, belong to a new attempt."""
+    """The first pods, and the first ones after a suspension."""
     resumed = holds(s.status, "Suspended")
     if s.status.attempt and not resumed:
         return None
     after = s.status.model_copy(
         update={
-            "attempt": s.status.attempt + 1,
+            "attempt": max(s.status.attempt, 1),
             "start_time": s.status.start_time or rfc3339(s.now_s),
         }
     )

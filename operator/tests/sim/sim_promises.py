@@ -27,6 +27,7 @@ class Promises:
         self.world = world
         self.application_faults = 0
         self.infrastructure_faults = 0
+        self.blurred = False  # a cache of pods has lagged: silence came before its reason
         self._broken: list[str] = []
         self._last: dict[str, Any] = {}  # status
         self._published: dict[str, int] = {}  # newest generation by training uid
@@ -167,6 +168,10 @@ class Promises:
                 self._broken.append(f"restarts.{kind} went down from {count}")
         if before["phase"] in ("Complete", "Failed") and after["phase"] != before["phase"]:
             self._broken.append(f"{before['phase']} became {after['phase']}")
+        if not self.blurred:
+            self._check_classes(after)
+
+    def _check_classes(self, after: dict[str, Any]) -> None:
         restarts = after["restarts"]
         for kind, faults in (
             ("application", self.application_faults),

@@ -31,6 +31,7 @@ NODE_NAMES = ("n0", "n1", "n2")
 
 slots = st.integers(0, 2)
 nodes = st.sampled_from(NODE_NAMES)
+ticks = st.sampled_from([0, 1, 2, 9, 16])  # that pass after something has happened
 
 
 class Histories(RuleBasedStateMachine):
@@ -44,7 +45,8 @@ class Histories(RuleBasedStateMachine):
         elastic=st.booleans(),
         application=st.integers(0, 3),
         infrastructure=st.integers(1, 4),
-        total_steps=st.sampled_from([30, 10**9, 10**9]),
+        total_steps=st.sampled_from([10**9, 10**9, 10**9, 10**9, 60]),
+        ticks=st.sampled_from([12, 0, 4]),
     )
     def submit(
         self,
@@ -53,31 +55,33 @@ class Histories(RuleBasedStateMachine):
         application: int,
         infrastructure: int,
         total_steps: int,
+        ticks: int,
     ) -> None:
         self.spec = _spec(replicas, elastic, application, infrastructure)
         self.world = World(self.spec, nodes=len(NODE_NAMES))
         self.world.agents.total_steps = total_steps
         self.promises = Promises(self.world)
+        self._pass(ticks)
 
     @rule(ticks=st.integers(1, 6))
     def time_passes(self, ticks: int) -> None:
-        for _ in range(ticks):
-            self.world.tick()
+        self._pass(ticks)
 
     @rule(ticks=st.integers(10, 60))
     def much_time_passes(self, ticks: int) -> None:
-        for _ in range(ticks):
-            self.world.tick()
+        self._pass(ticks)
 
     # The user.
 
-    @rule(suspend=st.booleans())
-    def suspend_or_resume(self, suspend: bool) -> None:
+    @rule(suspend=st.booleans(), after=ticks)
+    def suspend_or_resume(self, suspend: bool, after: int) -> None:
         self._edit(lambda t: t["spec"].update(suspend=suspend))
+        self._pass(after)
 
-    @rule(replicas=st.integers(1, 3))
-    def scale(self, replicas: int) -> None:
+    @rule(replicas=st.integers(1, 3), after=ticks)
+    def scale(self, replicas: int, after: int) -> None:
         self._edit(lambda t: t["spec"]["workers"].update(replicas=replicas))
+        self._pass(after)
 
     @rule(value=st.integers(0, 1000))
     def edit_something_else(self, value: int) -> None:
@@ -87,18 +91,18 @@ class Histories(RuleBasedStateMachine):
     def break_the_spec(self) -> None:
         self._edit(lambda t: t["spec"]["workers"].update(replicas="many"))
 
-    @rule(again=st.booleans())
-    def delete_the_training(self, again: bool) -> None:
+    @rule(sure=st.integers(0, 3), again=st.booleans())
+    def delete_the_training(self, sure: int, again: bool) -> None:
         stored = self.world.stored
-        if stored is None:
+        if stored is None or sure:
             return
         uid = stored["metadata"]["uid"]
         now(self.world.cluster.delete(TRAININGS, NAMESPACE, NAME, uid=uid))
         if again:
             self.world.submit(self.spec)
 
-    @rule(slot=slots, force=st.booleans())
-    def delete_a_pod(self, slot: int, force: bool) -> None:
+    @rule(slot=slots, force=st.booleans(), after=ticks)
+    def delete_a_pod(self, slot: int, force: bool, after: int) -> None:
         for pod in self._pods(slot):
             grace_s = 0 if force else None
             meta = pod["metadata"]
@@ -107,17 +111,19 @@ class Histories(RuleBasedStateMachine):
                     PODS, NAMESPACE, meta["name"], uid=meta["uid"], grace_s=grace_s
                 )
             )
+        self._pass(after)
 
     # What runs.
 
-    @rule(slot=slots, code=st.sampled_from([1, -9]))
-    def a_worker_process_dies(self, slot: int, code: int) -> None:
+    @rule(slot=slots, code=st.sampled_from([1, -9]), after=ticks)
+    def a_worker_process_dies(self, slot: int, code: int, after: int) -> None:
         for pod in self._alive(slot):
             self.promises.application_faults += 1
             self.world.agents.fail_worker(pod["metadata"]["uid"], code)
+        self._pass(after)
 
-    @rule(slot=slots, how=st.sampled_from(["error", "oom", "evicted"]))
-    def a_pod_fails(self, slot: int, how: str) -> None:
+    @rule(slot=slots, how=st.sampled_from(["error", "oom", "evicted"]), after=ticks)
+    def a_pod_fails(self, slot: int, how: str, after: int) -> None:
         for pod in self._alive(slot):
             if how == "evicted":
                 self.promises.infrastructure_faults += 1
@@ -126,9 +132,10 @@ class Histories(RuleBasedStateMachine):
                 self.promises.application_faults += 1
                 status = exit_status(137, why="OOMKilled") if how == "oom" else exit_status(1)
             self.world.agents.end(pod["metadata"]["uid"], status)
+        self._pass(after)
 
-    @rule(slot=slots)
-    def a_pod_is_drained(self, slot: int) -> None:
+    @rule(slot=slots, after=ticks)
+    def a_pod_is_drained(self, slot: int, after: int) -> None:
         for pod in self._pods(slot):
             meta = pod["metadata"]
             said = {
@@ -141,18 +148,21 @@ class Histories(RuleBasedStateMachine):
                 NAMESPACE, meta["name"], {"conditions": [*kept, said]}
             )
             now(self.world.cluster.delete(PODS, NAMESPACE, meta["name"], uid=meta["uid"]))
+        self._pass(after)
 
     # What it runs on.
 
-    @rule(node=nodes, powered=st.booleans())
-    def power(self, node: str, powered: bool) -> None:
+    @rule(node=nodes, powered=st.booleans(), after=ticks)
+    def power(self, node: str, powered: bool, after: int) -> None:
         self.promises.infrastructure_faults += 1
         self.world.kubelets.set_reachable(node, powered=powered)
+        self._pass(after)
 
-    @rule(node=nodes, connected=st.booleans())
-    def network(self, node: str, connected: bool) -> None:
+    @rule(node=nodes, connected=st.booleans(), after=ticks)
+    def network(self, node: str, connected: bool, after: int) -> None:
         self.promises.infrastructure_faults += 1
         self.world.kubelets.set_reachable(node, connected=connected)
+        self._pass(after)
 
     # The operator's own troubles.
 
@@ -160,9 +170,10 @@ class Histories(RuleBasedStateMachine):
     def the_operator_dies(self, ticks: int) -> None:
         self.world.crash(ticks=ticks)
 
-    @rule(writes=st.integers(0, 8))
-    def the_operator_will_die_at_a_write(self, writes: int) -> None:
+    @rule(writes=st.integers(0, 8), after=ticks)
+    def the_operator_will_die_at_a_write(self, writes: int, after: int) -> None:
         self.world.faults.crash_in = writes
+        self._pass(after)
 
     @rule(writes=st.integers(0, 5))
     def a_write_will_fail(self, writes: int) -> None:
@@ -171,6 +182,7 @@ class Histories(RuleBasedStateMachine):
     @rule(cache=st.sampled_from([PODS.plural, NODES.plural, TRAININGS.plural]))
     def a_cache_lags(self, cache: str) -> None:
         self.world.lagging.add(cache)
+        self.promises.blurred |= cache == PODS.plural
 
     @precondition(lambda self: self.world.lagging)
     @rule()
@@ -202,6 +214,10 @@ class Histories(RuleBasedStateMachine):
         if stored and not isinstance(stored["spec"]["workers"]["replicas"], int):
             self._edit(lambda t: t["spec"]["workers"].update(replicas=2))
         self.promises.check_rest()
+
+    def _pass(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.world.tick()
 
     def _edit(self, change: Any) -> None:
         if self.world.stored is not None:
@@ -259,6 +275,3 @@ def test_every_history_keeps_the_promises_and_comes_to_rest() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-__all__ = ["NODES"]
