@@ -11,8 +11,10 @@ A figure that cannot be delivered at once is dropped: the next one replaces it.
 
 import contextlib
 import json
+import math
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from dstrain_api.constants import ENV_REPORT_SOCKET
@@ -56,19 +58,26 @@ def report(
             "mfu": mfu,
             "resumedStep": resumed_step,
         }
-        record["progress"] = {key: value for key, value in progress.items() if value is not None}
-        record["metrics"] = metrics or {}
+        record["progress"] = _finite(progress)
+        record["metrics"] = _finite(metrics or {})
     _send(record)
 
 
 def report_metrics(metrics: dict[str, float]) -> None:
     """Say further figures by their names in `dstrain_api.metrics`, on rank 0."""
-    _send({"metrics": metrics})
+    _send({"metrics": _finite(metrics)})
 
 
 def report_done() -> None:
     """Say that this process has reached its end and the last checkpoint is committed."""
     _send({"done": True})
+
+
+def _finite(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """The known figures; JSON has no NaN and no infinity."""
+    return {
+        name: value for name, value in figures.items() if value is not None and math.isfinite(value)
+    }
 
 
 def _send(record: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Commits, the checkpoint folder and reports, without a model."""
 
 import json
+import math
 import os
 import socket
 import threading
@@ -250,6 +251,16 @@ def test_rank_zero_reports_progress_the_protocol_understands(
     assert record["metrics"] == {"dstrain_grad_norm": 0.5}
     progress = ProgressReport.model_validate(record["progress"])
     assert progress == ProgressReport(step=12, loss=4.5, tokens=1200)
+
+
+def test_what_is_not_finite_is_left_out(
+    agent: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    reporting.report(step=12, loss=math.nan, metrics={"dstrain_grad_norm": math.inf})
+    record = json.loads(agent.recv(65_536))
+    assert record["progress"] == {"step": 12}
+    assert record["metrics"] == {}
 
 
 def test_another_rank_reports_its_step_only(
