@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.clusters.providers import choose
-from e2e.report import Report
 
 from e2e import install
 from e2e.clusters.interface import Cluster
+from e2e.clusters.providers import choose
+from e2e.report import Report
 from e2e.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -168,13 +168,8 @@ class Training:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        decoder, text = json.JSONDecoder(), ""
         for line in process.stdout:
-            text += line
-            if line != "}\n":
-                continue
-            document, _ = decoder.raw_decode(text)
-            text = ""
+            document = json.loads(line)
             with self._changed:
                 self.seen.append(Seen(time.monotonic(), document["type"], document["object"]))
                 self._changed.notify_all()
