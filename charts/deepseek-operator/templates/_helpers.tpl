@@ -61,13 +61,13 @@ app.kubernetes.io/part-of: dstrain
 {{- define "operator.rules" -}}
 - apiGroups: [dstrain.dev]
   resources: [deepseektrainings]
-  verbs: [get, list, watch, delete] # delete: ttlSecondsAfterFinished
+  verbs: [list, watch, delete] # delete: ttlSecondsAfterFinished
 - apiGroups: [dstrain.dev]
   resources: [deepseektrainings/status]
   verbs: [update]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, create, delete]
+  verbs: [list, watch, create, delete]
 - apiGroups: [""]
   resources: [services, secrets, persistentvolumeclaims, events]
   verbs: [create]
