@@ -211,7 +211,10 @@ def test_a_generation_is_formed_in_the_order_of_slots_and_its_number_is_durable(
 def test_a_training_that_runs_needs_nothing():
     decided = Case().running(0, 1).plan()
     assert decided.status is None
-    assert not (decided.creates or decided.deletes or decided.membership or decided.events)
+    assert not (decided.creates)
+    assert not (decided.deletes)
+    assert not (decided.membership)
+    assert not (decided.events)
 
 
 def test_progress_alone_is_written_only_now_and_then():
@@ -280,7 +283,8 @@ def test_a_spec_that_cannot_be_trained_is_told_and_its_pods_are_left_alone():
     decided = Case().running(0, 1).plan(spec=None, spec_error="spec.workers: no")
     accepted = says(decided.status, "Accepted")
     assert (accepted.status, accepted.message) == ("False", "spec.workers: no")
-    assert not (decided.creates or decided.deletes)
+    assert not (decided.creates)
+    assert not (decided.deletes)
 
 
 # Suspension.

@@ -71,11 +71,16 @@ def respawn(s: Situation) -> Decision | None:
 
 
 def tidy(s: Situation) -> Decision | None:
-    """Pods that hold no slot go: those above the target size, doubles, logs older than the last."""
-    keep = _last_logs(s)
+    """Pods that hold no slot go: those above the target size, doubles, ended ones.
+
+    Failed pods that the history names stay for their logs. No other may stay when the next
+    generation is formed: nobody could tell later whether it had been part of that one.
+    """
     lost = [p for p in s.surplus if p.uid in s.lost_surplus]
     others = [
-        p for p in s.surplus if not p.deleting and p.uid not in s.lost_surplus and p.uid not in keep
+        p
+        for p in s.surplus
+        if not p.deleting and p.uid not in s.lost_surplus and not (p.finished and p.name in s.told)
     ]
     stale = [slot.pod for slot in s.in_state("starting") if slot.pod and _avoids_in_vain(s, slot)]
     if not lost and not others and not stale:
@@ -124,19 +129,6 @@ def _ended_generation(s: Situation, news: list[PodView]) -> int:
     if s.membership and not any(p.uid in s.membership.pod_uids for p in news):
         return 0
     return s.status.generation
-
-
-def _last_logs(s: Situation) -> set[str]:
-    """Of each slot whose holder still runs, the newest pod that has ended."""
-    newest: dict[int, PodView] = {}
-    holders = {slot.index: slot for slot in s.slots}
-    for pod in s.surplus:
-        holder = holders.get(pod.slot)
-        if holder is None or not pod.finished or (holder.pod and holder.pod.finished):
-            continue
-        if pod.slot not in newest or pod.attempt > newest[pod.slot].attempt:
-            newest[pod.slot] = pod
-    return {pod.uid for pod in newest.values()}
 
 
 def _avoids_in_vain(s: Situation, slot: Slot) -> bool:

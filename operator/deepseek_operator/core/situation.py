@@ -129,6 +129,13 @@ class Situation:
         """Whether the end of the newest generation is in the history already."""
         return any(h.generation == self.status.generation for h in self.status.history)
 
+    @cached_property
+    def told(self) -> frozenset[str]:
+        """Names of failed pods that the history tells of."""
+        return frozenset(
+            h.pod for h in self.status.history if h.pod and h.failure_class != "voluntary"
+        )
+
     def in_state(self, *states: SlotState) -> tuple[Slot, ...]:
         """The slots in one of these states."""
         return tuple(s for s in self.slots if s.state in states)
@@ -141,6 +148,8 @@ class Situation:
         """
         if pod.attempt >= self.status.attempt:
             return True
+        if pod.name in self.told:
+            return False
         if self.membership and pod.uid not in self.membership.pod_uids:
             return False
         return not self.accounted
