@@ -184,9 +184,9 @@ def test_with_tls_the_coordinator_is_reached_by_https() -> None:
 def test_the_operator_may_do_what_it_does_and_no_more() -> None:
     role = only(rendered(), "ClusterRole", FULL_NAME)
     assert granted(role) == {
-        *(("nodes", verb) for verb in ("get", "list", "watch")),
-        *(("pods", verb) for verb in ("get", "list", "watch", "create", "delete")),
-        *(("deepseektrainings", verb) for verb in ("get", "list", "watch", "delete")),
+        *(("nodes", verb) for verb in ("list", "watch")),
+        *(("pods", verb) for verb in ("list", "watch", "create", "delete")),
+        *(("deepseektrainings", verb) for verb in ("list", "watch", "delete")),
         ("deepseektrainings/status", "update"),
         ("services", "create"),
         ("secrets", "create"),
@@ -198,7 +198,7 @@ def test_the_operator_may_do_what_it_does_and_no_more() -> None:
 def test_limited_to_namespaces_the_operator_sees_only_nodes_elsewhere() -> None:
     manifests = rendered("watchNamespaces={team-a,team-b}")
     everywhere = only(manifests, "ClusterRole", FULL_NAME)
-    assert granted(everywhere) == {("nodes", verb) for verb in ("get", "list", "watch")}
+    assert granted(everywhere) == {("nodes", verb) for verb in ("list", "watch")}
     roles = [m for m in manifests if m["kind"] == "Role"]
     assert [role["metadata"]["namespace"] for role in roles] == ["team-a", "team-b"]
     assert all(("pods", "create") in granted(role) for role in roles)
