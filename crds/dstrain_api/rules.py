@@ -26,7 +26,7 @@ NAME_MESSAGE: Final = (
 )
 
 
-class InvalidSpec(ValueError):  # noqa: N818 - the API speaks of an invalid spec
+class InvalidSpec(ValueError):
     """This cannot be trained. Each of `problems` names a field and says what to change."""
 
     def __init__(self, problems: Iterable[str]) -> None:

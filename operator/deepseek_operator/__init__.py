@@ -1,1 +1,1 @@
-"""The operator: watches DeepSeekTraining resources, decides by a pure plan, and acts on a cluster behind a port."""
+"""The operator: watches DeepSeekTraining resources, decides by a pure plan, acts on a cluster."""

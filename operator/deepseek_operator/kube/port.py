@@ -17,23 +17,23 @@ class ClusterError(Exception):
     """Any refusal or failure of the cluster; this class itself means: try again later."""
 
 
-class AlreadyExists(ClusterError):  # noqa: N818 - an answer
+class AlreadyExists(ClusterError):
     """A create found an object of that name."""
 
 
-class NotFound(ClusterError):  # noqa: N818 - an answer
+class NotFound(ClusterError):
     """The object is not there (any more), or not with the uid that was named."""
 
 
-class Conflict(ClusterError):  # noqa: N818 - an answer
+class Conflict(ClusterError):
     """The object has changed since the resourceVersion that was named: look again."""
 
 
-class Gone(ClusterError):  # noqa: N818 - an answer
+class Gone(ClusterError):
     """The watch's resourceVersion is too old: list again."""
 
 
-class Refused(ClusterError):  # noqa: N818 - an answer
+class Refused(ClusterError):
     """The cluster does not accept this as it is: invalid, forbidden, over quota."""
 
 
