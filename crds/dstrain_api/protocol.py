@@ -17,6 +17,7 @@ from dstrain_api.base import ApiModel
 
 Short = Annotated[str, Field(max_length=253)]
 
+PEER_LOST = "peer-lost"  # fingerprint of an error that the end of another worker has caused
 ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
 
 

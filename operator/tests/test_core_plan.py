@@ -19,7 +19,7 @@ from deepseek_operator.core.model import (
 )
 from deepseek_operator.core.plan import plan
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ProgressReport
+from dstrain_api.protocol import PEER_LOST, ProgressReport
 from dstrain_api.rules import validate
 from dstrain_api.status import DeepSeekTrainingStatus, HistoryEntry
 
@@ -136,7 +136,7 @@ class Case:
         self.spec = {**self.spec, **spec}
         return self
 
-    def error(self, slot, exit_code=1, ago_s=1.0, message="ValueError: no"):
+    def error(self, slot, exit_code=1, ago_s=1.0, message="ValueError: no", fingerprint="f"):
         pod = self.pods[slot]
         found = WorkerError(
             pod=pod.name,
@@ -145,7 +145,7 @@ class Case:
             generation=self.status.generation,
             exit_code=exit_code,
             message=message,
-            fingerprint="f",
+            fingerprint=fingerprint,
             at_s=self.now_s - ago_s,
         )
         return self.knows(errors=(*self.gathering.errors, found))
@@ -664,3 +664,18 @@ def test_the_columns_show_how_far_it_is():
     assert (summary.progress, summary.step, summary.tokens_per_second) == ("41%", "41/100", "5.2k")
     assert (summary.eta, summary.mfu, summary.workers) == ("1m58s", "31%", "2/2")
     assert summary.message == "training on 2 workers"
+
+
+def test_a_lost_connection_never_hides_the_error_that_broke_it():
+    case = Case().running(0, 1)
+    case.error(0, ago_s=3.0, message="Connection reset by peer", fingerprint=PEER_LOST)
+    case.error(1, ago_s=1.0, message="ValueError: no")
+    entry = case.knows(over=True).plan().status.history[-1]
+    assert (entry.failure_class, entry.pod) == ("application", "mini-1-1")
+
+
+def test_a_lost_connection_that_nothing_explains_is_no_fault_of_the_program():
+    case = Case().running(0, 1)
+    case.error(0, message="Connection reset by peer", fingerprint=PEER_LOST)
+    entry = case.knows(over=True).plan().status.history[-1]
+    assert (entry.failure_class, entry.reason) == ("infrastructure", "PeerLost")

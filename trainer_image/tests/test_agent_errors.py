@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from deepseek_trainer.agent.errors import PEER_LOST, WorkerFailure, error_of, report_of
+from deepseek_trainer.agent.errors import WorkerFailure, error_of, report_of
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ERROR_TEXT_LIMIT
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST
 
 
 def failure(stderr: str = "", *, exit_code: int = 1, local_rank: int = 0) -> WorkerFailure:

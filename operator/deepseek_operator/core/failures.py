@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dstrain_api.protocol import PEER_LOST
 from dstrain_api.quantities import duration_s
 from dstrain_api.spec import BudgetSpec
 from dstrain_api.status import DeepSeekTrainingStatus, FailureClass, HistoryEntry, Restarts
@@ -119,6 +120,15 @@ def of_failed_pod(pod: PodView) -> Failure:
 
 def of_worker_error(error: WorkerError) -> Failure:
     """A training process that ended badly while its pod lives."""
+    if error.fingerprint == PEER_LOST:
+        return Failure(
+            failure_class="infrastructure",
+            reason="PeerLost",
+            message=f"{error.pod} lost its connection to another worker: {error.message}",
+            node=error.node,
+            pod=error.pod,
+            exit_code=error.exit_code,
+        )
     if error.exit_code < 0:
         reason, said = "ProcessKilled", f"a process was killed by signal {-error.exit_code}"
     else:
@@ -134,8 +144,8 @@ def of_worker_error(error: WorkerError) -> Failure:
 
 
 def root_cause(errors: tuple[WorkerError, ...]) -> WorkerError:
-    """The error that came first: a signal breaks the connections that the others then report."""
-    return min(errors, key=lambda e: (e.exit_code >= 0, e.at_s))
+    """The error that came first: what breaks a connection explains those who report it broken."""
+    return min(errors, key=lambda e: (e.exit_code >= 0, e.fingerprint == PEER_LOST, e.at_s))
 
 
 def record(s: Situation, failure: Failure, *, generation: int) -> DeepSeekTrainingStatus:

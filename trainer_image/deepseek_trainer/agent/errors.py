@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ERROR_TEXT_LIMIT, ErrorReport
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorReport
 
-PEER_LOST = "peer-lost"  # fingerprint of an error that another worker's end has caused
 LAST_LINES = 5  # of stderr, where there is no traceback
 FRAMES = 3  # innermost ones in a fingerprint: the same bug through another caller is the same
 

@@ -41,7 +41,7 @@ from dstrain_api.constants import (
     METRICS_PORT,
     RENDEZVOUS_BACKEND,
 )
-from dstrain_api.protocol import Assignment
+from dstrain_api.protocol import PEER_LOST, Assignment
 from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -52,7 +52,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import determine_local_world_size, parse_args
 
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
-from deepseek_trainer.agent.errors import PEER_LOST, WorkerFailure, report_of
+from deepseek_trainer.agent.errors import WorkerFailure, report_of
 from deepseek_trainer.agent.home import agent_home
 from deepseek_trainer.agent.membership import Identity, Membership
 from deepseek_trainer.agent.metrics import AgentMetrics, serve
