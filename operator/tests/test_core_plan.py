@@ -451,12 +451,28 @@ def test_a_terminal_training_stays_terminal():
     assert made(case.plan()) == []
 
 
-def test_a_lost_pod_of_a_deleted_training_of_the_same_name_blocks_its_slot_until_it_is_gone():
-    case = Case(replicas=1)
-    case.status = case.status.model_copy(update={"attempt": 1})
-    case.started(0)
+@pytest.mark.parametrize("attempt", [0, 4])
+def test_pods_of_a_deleted_training_of_the_same_name_do_not_take_the_names(attempt):
+    case = Case(replicas=1).started(0, attempt=4)
     case.change_pod(0, training_uid="another", deleting=True)
-    assert made(case.plan()) == []
+    case.status = case.status.model_copy(update={"attempt": attempt})
+    decided = case.plan()
+    assert decided.status.attempt == 5
+    assert made(decided) == ["mini-0-5"]
+
+
+@pytest.mark.parametrize("missing", ['persistentvolumeclaim "c" not found', 'secret "t" not found'])
+def test_what_a_pod_does_not_find_is_made_again(missing):
+    case = Case().started(0, 1)
+    if "secret" in missing:
+        waiting = ContainerView(
+            waiting_reason="CreateContainerConfigError", waiting_message=missing
+        )
+        case.change_pod(1, phase="Pending", container=waiting)
+    else:
+        case.change_pod(1, node="", phase="Pending", unschedulable=missing)
+    kinds = [m["kind"] for m in case.plan().creates]
+    assert kinds == ["Secret", "Service", "PersistentVolumeClaim"]
 
 
 # Errors of worker processes.

@@ -95,20 +95,28 @@ def suspend(s: Situation) -> Decision | None:
 
 
 def begin(s: Situation) -> Decision | None:
-    """The first pods, and the first ones after a suspension."""
-    resumed = holds(s.status, "Suspended")
-    if s.status.attempt and not resumed:
+    """The first pods."""
+    if s.status.attempt:
         return None
-    after = s.status.model_copy(
-        update={
-            "attempt": max(s.status.attempt, 1),
-            "start_time": s.status.start_time or rfc3339(s.now_s),
-        }
-    )
-    if resumed:
-        after = with_condition(s, after, "Suspended", "False", "Resumed", "")
+    after = s.status.model_copy(update={"attempt": s.free_attempt, "start_time": rfc3339(s.now_s)})
+    after = _not_suspended(s, after)
+    free = [slot.index for slot in s.in_state("vacant", "blocked")]
+    return Decision(status=after, creates=gang(s, free, after))
+
+
+def resume(s: Situation) -> Decision | None:
+    """The first pods after a suspension, under the attempt that it raised."""
+    if not holds(s.status, "Suspended"):
+        return None
+    after = _not_suspended(s, s.status)
     vacant = [slot.index for slot in s.in_state("vacant")]
     return Decision(status=after, creates=gang(s, vacant, after))
+
+
+def _not_suspended(s: Situation, status: DeepSeekTrainingStatus) -> DeepSeekTrainingStatus:
+    if not holds(status, "Suspended"):
+        return status
+    return with_condition(s, status, "Suspended", "False", "Resumed", "")
 
 
 def _pods(s: Situation) -> tuple[PodView, ...]:

@@ -24,15 +24,18 @@ RULES: tuple[Rule, ...] = (
     lifecycle.complete,
     lifecycle.suspend,
     lifecycle.begin,
+    lifecycle.resume,
     replacement.account,
     replacement.fill,
     replacement.respawn,
+    replacement.unblock,
     replacement.tidy,
     membership.worker_errors,
     membership.end,
     membership.form,
     membership.grow,
     membership.give_up,
+    replacement.supply,
     replacement.retry,
 )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from deepseek_operator.core import failures
 from deepseek_operator.core.failures import Failure
 from deepseek_operator.core.lifecycle import finish
-from deepseek_operator.core.manifests import gang
+from deepseek_operator.core.manifests import gang, supporting
 from deepseek_operator.core.model import PodDelete, PodView
 from deepseek_operator.core.situation import ALIVE, Decision, Situation, Slot
 
 REFUSED_RETRY_S = 15.0
+SUPPLY_RETRY_S = 10.0
 
 
 def account(s: Situation) -> Decision | None:
@@ -68,6 +69,30 @@ def respawn(s: Situation) -> Decision | None:
         return None
     after = s.status.model_copy(update={"attempt": s.status.attempt + 1})
     return Decision(status=after, creates=gang(s, [e.index for e in ended], after))
+
+
+def unblock(s: Situation) -> Decision | None:
+    """Pods of a deleted training of the same name may stay for long on a dead node."""
+    blocked = [slot.index for slot in s.in_state("blocked")]
+    if not blocked or s.in_state("vacant"):
+        return None
+    after = s.status.model_copy(update={"attempt": s.free_attempt})
+    return Decision(status=after, creates=gang(s, blocked, after))
+
+
+def supply(s: Situation) -> Decision | None:
+    """What pods need and do not find is made again: somebody, or an earlier end, deleted it."""
+    waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
+    if not any(_misses_something(pod) for pod in waiting):
+        return None
+    return Decision(
+        creates=supporting(s.training, s.spec, s.observed.token), requeue_after_s=SUPPLY_RETRY_S
+    )
+
+
+def _misses_something(pod: PodView) -> bool:
+    said = pod.unschedulable + pod.container.waiting_message
+    return "not found" in said and ("persistentvolumeclaim" in said or "secret" in said)
 
 
 def tidy(s: Situation) -> Decision | None:

@@ -136,6 +136,12 @@ class Situation:
             h.pod for h in self.status.history if h.pod and h.failure_class != "voluntary"
         )
 
+    @cached_property
+    def free_attempt(self) -> int:
+        """The next attempt under which no pod of an earlier training still has a name."""
+        others = [p.attempt for p in self.observed.pods if p.training_uid != self.training.uid]
+        return max([self.status.attempt, *others]) + 1
+
     def in_state(self, *states: SlotState) -> tuple[Slot, ...]:
         """The slots in one of these states."""
         return tuple(s for s in self.slots if s.state in states)

@@ -142,10 +142,10 @@ class Kubelets:
         node = self.nodes[name]
         was = node.reachable
         if powered is not None:
-            if node.powered and not powered:
-                for uid in self.running(name):
-                    self.kill(uid)
-            node.powered = powered
+            lost = node.powered and not powered
+            node.powered = powered  # first: no connection is reset any more
+            for uid in self.running(name) if lost else ():
+                self.kill(uid)
         if connected is not None:
             node.connected = connected
         if was and not node.reachable:

@@ -53,7 +53,8 @@ class Promises:
         self.check()
         stored = world.stored
         if stored is None:
-            assert not world.cluster.objects(PODS), "pods of a deleted training are left"
+            left = [p for p in world.cluster.objects(PODS) if not self._is_away(p)]
+            assert not left, "pods of a deleted training are left"
             return
         assert versions == stored["metadata"]["resourceVersion"], "the status is still written"
         self._check_place(stored)
@@ -99,6 +100,7 @@ class Promises:
             p
             for p in self.world.cluster.objects(PODS)
             if p["status"]["phase"] not in TERMINAL_PHASES
+            and not ("deletionTimestamp" in p["metadata"] and self._is_away(p))
         ]
         said = f"{status.phase}: {status.summary.message}"
         if status.phase in ("Complete", "Failed"):
@@ -123,6 +125,10 @@ class Promises:
                     rank,
                     desired,
                 )
+
+    def _is_away(self, pod: dict[str, Any]) -> bool:
+        node = self.world.kubelets.nodes.get(pod["spec"].get("nodeName", ""))
+        return node is not None and not node.reachable
 
     def _check_reason(self, status: DeepSeekTrainingStatus, budgets: Any) -> None:
         if status.phase != "Failed":

@@ -59,10 +59,11 @@ class Operator:
         """Look at that time, or earlier if that is wanted already."""
         self.due_at_s = min(self.due_at_s, at_s)
 
-    def deliver(self, plural: str) -> None:
-        """Let one cache catch up."""
-        while self.pending[plural]:
-            self._take(plural, self.pending[plural].popleft())
+    def deliver(self, plural: str, changes: int = 1_000_000) -> None:
+        """Let one cache catch up, by so many changes."""
+        pending = self.pending[plural]
+        for _ in range(min(changes, len(pending))):
+            self._take(plural, pending.popleft())
             self.due_at_s = 0.0
 
     def _take(self, plural: str, event: WatchEvent) -> None:
