@@ -401,6 +401,7 @@ def test_deleted_training_is_forgotten_everywhere(run_in_fake_time: Run) -> None
             await bench.cluster.delete(TRAININGS, "team", "mini", uid=uid)
             await asyncio.sleep(1)
             assert bench.controller.trainings == {}
+            await asyncio.sleep(90)  # until its pods have been silent for long
             assert bench.coordinator.snapshot(uid).members == ()
             assert 'training="mini"' not in bench.controller.metrics.expose().decode()
 

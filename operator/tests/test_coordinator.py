@@ -428,10 +428,14 @@ def test_stop_is_an_order_to_all_members_and_can_be_taken_back() -> None:
     assert not gang.beat(0, 1).stop
 
 
-def test_forgotten_training_is_unknown() -> None:
+def test_a_training_that_is_gone_is_answered_until_its_pods_have_ended() -> None:
     gang = Gang()
     gang.form(1)
-    gang.coordinator.forget(UID)
+    gang.coordinator.retire(UID)
+    gang.coordinator.tick()
+    gang.beat(0, 1)
+    gang.clock.now_s += 61
+    gang.coordinator.tick()
     with pytest.raises(UnknownTraining):
         gang.beat(0, 1)
     assert gang.seen.members == ()

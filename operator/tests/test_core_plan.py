@@ -372,6 +372,14 @@ def test_a_silent_member_is_fenced_force_deleted_and_replaced_when_it_is_gone():
     assert made(case.plan()) == ["mini-1-2"]
 
 
+def test_no_new_attempt_while_a_cache_may_hide_a_pod_of_this_one():
+    case = Case(replicas=3).running(0, 1, 2).silent(0)
+    del case.pods[1]
+    decided = case.plan()
+    assert made(decided) == ["mini-1-1"]
+    assert decided.status.attempt == 1
+
+
 def test_a_lost_node_is_avoided_by_new_pods_until_it_is_ready_and_a_while_has_passed():
     case = Case().running(0, 1).silent(1).written()
     del case.pods[1]

@@ -28,6 +28,7 @@ from deepseek_operator.core.manifests import selector_labels
 from deepseek_operator.core.membership import SHRUNK
 from deepseek_operator.core.model import Membership, Training
 from deepseek_operator.core.situation import ALIVE, Decision, Situation
+from deepseek_operator.core.volumes import public_uri
 from deepseek_operator.core.words import eta_s, pod_problem, summary, waiting_for
 
 EXCLUDED_LIMIT = 32
@@ -145,7 +146,10 @@ def _checkpoint(s: Situation) -> CheckpointStatus | None:
     if commit is None or (known and known.generation > commit.generation):
         return known
     return CheckpointStatus(
-        step=commit.step, uri=commit.uri, generation=commit.generation, time=rfc3339(commit.at_s)
+        step=commit.step,
+        uri=public_uri(commit.uri),
+        generation=commit.generation,
+        time=rfc3339(commit.at_s),
     )
 
 

@@ -28,6 +28,12 @@ def local_uri(uri: str) -> str:
     return f"{_FILE}{VOLUME_ROOT}/{uri.removeprefix(_PVC)}".rstrip("/")
 
 
+def public_uri(uri: str) -> str:
+    """A URI of a worker as people know it: the inverse of `local_uri`."""
+    inside = f"{_FILE}{VOLUME_ROOT}/"
+    return f"{_PVC}{uri.removeprefix(inside)}" if uri.startswith(inside) else uri
+
+
 def folder(uri: str) -> str:
     """The path of a `file:///` or `pvc://` URI in the worker."""
     return local_uri(uri).removeprefix(_FILE)

@@ -128,7 +128,7 @@ class Controller:
         del self._keys[uid]
         self._refused.pop(key, None)
         self._written_at_s.pop(key, None)
-        self._coordinator.forget(uid)
+        self._coordinator.retire(uid)
         self.queue.discard(key)
         self.metrics.gone(key)
 
@@ -195,7 +195,7 @@ class Controller:
         if training is None:
             return "success"
         if training.deleting:  # its pods go with it, by their owner references
-            self._coordinator.forget(training.uid)
+            self._coordinator.retire(training.uid)
             return "success"
         if self._blind():
             self.queue.add_after(key, BLIND_RETRY_S)

@@ -25,6 +25,7 @@ from deepseek_operator.runtime.roster import (
 __all__ = ["Coordinator", "Crowded", "Fenced", "UnknownTraining", "training_token"]
 
 DEFAULT_SILENCE_S = 5.0
+RETIRED_SILENCE_S = 60.0  # the pods of a training that is gone have ended when silent for longer
 
 
 def training_token(operator_key: bytes, training_uid: str) -> str:
@@ -52,6 +53,7 @@ class Coordinator:
         self._started_at_s = clock()
         self._lock = threading.Lock()
         self._rosters: dict[str, Roster] = {}
+        self._retired: set[str] = set()
 
     # Called by the controller.
 
@@ -72,12 +74,13 @@ class Coordinator:
             roster.floor = max(roster.floor, generation)
             roster.silence_s = silence_s
 
-    def forget(self, uid: str) -> None:
-        """Drop all that is known of a training; its pods get `UnknownTraining`."""
+    def retire(self, uid: str) -> None:
+        """The training is gone. Its pods are answered until they have ended: they save, and want
+        that save committed; after that they get `UnknownTraining`.
+        """
         with self._lock:
-            known = self._rosters.pop(uid, None)
-        if known:
-            self.on_publish(uid)
+            if uid in self._rosters:
+                self._retired.add(uid)
 
     def publish(self, uid: str, membership: Membership) -> None:
         """Make a generation current. Its number must be in the training's status already."""
@@ -123,6 +126,11 @@ class Coordinator:
         with self._lock:
             now_s = self._clock()
             changed = []
+            for uid in [
+                u for u in self._retired if self._rosters[u].deserted(now_s, RETIRED_SILENCE_S)
+            ]:
+                self._retired.remove(uid)
+                del self._rosters[uid]
             for uid, roster in self._rosters.items():
                 roster.tick(now_s)
                 if roster.changed:

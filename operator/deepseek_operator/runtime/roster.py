@@ -247,6 +247,10 @@ class Roster:
             if silent_s > STRANGER_LIFETIME_S and member.pod_uid not in self._ranks:
                 del self._members[member.pod_uid]
 
+    def deserted(self, now_s: float, silence_s: float) -> bool:
+        """Whether no pod has spoken for so long."""
+        return all(now_s - m.heard_at_s > silence_s for m in self._members.values())
+
     def snapshot(self, now_s: float, *, listening_s: float) -> Gathering:
         """All of it, frozen."""
         return Gathering(

@@ -79,7 +79,7 @@ class Operator:
             self.nodes = {**self.nodes, event.object["metadata"]["name"]: node_view(event.object)}
         elif gone:
             if self.training and self.training.uid == uid:
-                self.coordinator.forget(uid)
+                self.coordinator.retire(uid)
                 self.training = None
         else:
             self._take_training(event.object)
@@ -89,7 +89,7 @@ class Operator:
         if known and int(known.resource_version) >= int(stored["metadata"]["resourceVersion"]):
             return  # older than what this process has written
         if known and known.uid != stored["metadata"]["uid"]:
-            self.coordinator.forget(known.uid)
+            self.coordinator.retire(known.uid)
         self.training = training_view(stored)
 
     def observe(self) -> Observed:
