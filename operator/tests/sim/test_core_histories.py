@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 from deepseek_operator.kube.port import NODES, PODS, TRAININGS
 from deepseek_operator.local.memory import TERMINAL_PHASES
 from hypothesis import HealthCheck, Phase, settings
@@ -272,6 +273,7 @@ def _spec(replicas: int, elastic: bool, application: int, infrastructure: int) -
     return spec
 
 
+@pytest.mark.timeout(max(300, HISTORIES))
 def test_every_history_keeps_the_promises_and_comes_to_rest() -> None:
     run_state_machine_as_test(
         Histories,
