@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from deepseek_operator.core import failures
 from deepseek_operator.core.failures import Failure
 from deepseek_operator.core.lifecycle import finish
 from deepseek_operator.core.manifests import gang, supporting
 from deepseek_operator.core.model import PodDelete, PodView
-from deepseek_operator.core.situation import ALIVE, Decision, Situation, Slot
+from deepseek_operator.core.situation import Decision, Situation, Slot
 
 REFUSED_RETRY_S = 15.0
 SUPPLY_RETRY_S = 10.0
@@ -107,7 +109,7 @@ def tidy(s: Situation) -> Decision | None:
         for p in s.surplus
         if not p.deleting and p.uid not in s.lost_surplus and not (p.finished and p.name in s.told)
     ]
-    stale = [slot.pod for slot in s.in_state("starting") if slot.pod and _avoids_in_vain(s, slot)]
+    stale = [slot.pod for slot in s.in_state("starting") if slot.pod and _avoids(s, slot.pod)]
     if not lost and not others and not stale:
         return None
     return Decision(
@@ -124,14 +126,7 @@ def _classify(s: Situation, pod: PodView) -> Failure:
 
 
 def _together(failure: Failure, count: int) -> Failure:
-    return Failure(
-        failure_class=failure.failure_class,
-        reason=failure.reason,
-        message=f"{failure.message} ({count} pods together)",
-        node=failure.node,
-        pod=failure.pod,
-        exit_code=failure.exit_code,
-    )
+    return replace(failure, message=f"{failure.message} ({count} pods together)")
 
 
 def _forget(s: Situation, lost: tuple[Slot, ...]) -> Decision:
@@ -156,9 +151,8 @@ def _ended_generation(s: Situation, news: list[PodView]) -> int:
     return s.status.generation
 
 
-def _avoids_in_vain(s: Situation, slot: Slot) -> bool:
+def _avoids(s: Situation, pod: PodView) -> bool:
     """Whether a pod finds no node because it was made to avoid one that is good again."""
-    pod = slot.pod
-    if pod is None or slot.state not in ALIVE or pod.node or not pod.unschedulable:
+    if pod.node or not pod.unschedulable:
         return False
     return bool(set(pod.excluded_nodes) - set(failures.excluded_nodes(s, s.status)))

@@ -209,7 +209,7 @@ def _conditions(
         _running(status, current, message),
         _progressing(s, current),
         checkpoint,
-        *_degraded(s, status),
+        *_degraded(s, status, current),
     ]
 
 
@@ -252,10 +252,13 @@ def _checkpoint_condition(status: DeepSeekTrainingStatus) -> _Said:
     return _Said("CheckpointCurrent", "True", "Committed")
 
 
-def _degraded(s: Situation, status: DeepSeekTrainingStatus) -> list[_Said]:
+def _degraded(
+    s: Situation, status: DeepSeekTrainingStatus, current: Membership | None
+) -> list[_Said]:
     """Set by what keeps pods from starting; a smaller gang sets it itself when it is formed."""
     known = condition(status, "Degraded")
-    if known and known.status == "True" and known.reason == SHRUNK:
+    whole = current is not None and len(current.pod_uids) >= s.desired
+    if known and known.status == "True" and known.reason == SHRUNK and not whole:
         return []
     problems = [p for slot in s.slots if slot.pod and (p := pod_problem(s, slot.pod))]
     if problems:

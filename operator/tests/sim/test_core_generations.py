@@ -1,0 +1,104 @@
+"""When a generation ends, when the next is formed, and how large."""
+
+from dataclasses import replace
+
+import pytest
+from deepseek_operator.core.model import CommitView
+from plan_case import ELASTIC, NOW_S, Case, deleted, made, says
+
+
+def test_a_member_that_asks_for_the_next_generation_ends_this_one():
+    assert Case().running(0, 1).knows(over=True).plan().end_generation == 1
+
+
+def test_a_member_whose_pod_is_gone_ends_the_generation_and_is_made_again():
+    case = Case().running(0, 1)
+    del case.pods[1]
+    first = case.plan()
+    assert made(first) == ["mini-1-1"]
+    case.started(1)
+    case.change_pod(1, uid="u1-again")
+    decided = case.plan()
+    assert decided.end_generation == 1
+    assert decided.status.restarts.voluntary == 1
+
+
+def test_a_pod_that_is_being_deleted_is_replaced_when_it_is_gone():
+    assert made(Case().running(0, 1).change_pod(1, deleting=True).plan()) == []
+
+
+def test_a_coordinator_that_has_just_started_is_given_time_to_find_the_generation():
+    case = Case().running(0, 1).knows(membership=None)
+    del case.members["u1-1"]
+    decided = case.plan()
+    assert decided.end_generation is None
+    assert decided.membership is None
+
+
+def test_a_generation_that_can_never_be_whole_again_is_given_up():
+    case = Case().running(0, 1).knows(membership=None)
+    del case.members["u1-1"]
+    case.joining(1)
+    assert case.plan().end_generation == 1
+
+
+def test_pods_above_the_target_size_are_deleted():
+    case = Case(replicas=3).running(0, 1, 2).edit(workers={"replicas": 2})
+    assert deleted(case.plan()) == [("mini-2-1", None)]
+
+
+def test_a_scale_up_makes_pods_and_lets_training_go_on_until_they_have_joined():
+    case = Case().running(0, 1).edit(workers={"replicas": 3})
+    decided = case.plan()
+    assert made(decided) == ["mini-2-1"]
+    assert decided.end_generation is None
+
+
+def test_a_scale_up_takes_the_new_ones_in_after_the_next_commit():
+    case = Case().running(0, 1)
+    old = CommitView(step=20, uri="", generation=1, at_s=NOW_S - 30)
+    case.knows(commit=old).edit(workers={"replicas": 3}).joining(2, waiting_s=10)
+    assert case.plan().end_generation is None
+    case.knows(commit=replace(old, step=40, at_s=NOW_S - 1))
+    decided = case.plan()
+    assert decided.end_generation == 1
+    assert decided.status.history[-1].reason == "Scaled"
+
+
+def test_an_elastic_training_goes_on_with_those_who_are_there_after_the_wait():
+    case = Case(replicas=3, elastic=ELASTIC).joining(0, 2, waiting_s=44.0).started(1)
+    decided = case.plan()
+    assert decided.membership is None
+    assert decided.requeue_after_s == pytest.approx(1.0)
+    case.joining(0, 2, waiting_s=46.0)
+    decided = case.plan()
+    assert decided.membership.pod_uids == ("u0-1", "u2-1")
+    assert says(decided.status, "Degraded").reason == "FewerWorkers"
+
+
+def test_a_training_that_is_not_elastic_waits_for_ever():
+    assert Case(replicas=3).joining(0, 2, waiting_s=9999.0).started(1).plan().membership is None
+
+
+def test_a_smaller_gang_has_a_size_that_divides():
+    model = {
+        "model": {"preset": "mini"},
+        "data": {"sources": [{"uri": "builtin://mini"}]},
+        "training": {"total": {"tokens": 10**6}, "globalBatch": 32, "microBatch": 4},
+    }
+    case = Case(replicas=4, elastic=ELASTIC)
+    case.spec = {k: v for k, v in case.spec.items() if k != "entrypoint"} | model
+    decided = case.joining(0, 1, 2, waiting_s=60.0).started(3).plan()
+    assert len(decided.membership.pod_uids) == 2
+
+
+def test_a_smaller_gang_grows_after_its_snooze_and_a_commit():
+    case = Case(replicas=2, elastic=ELASTIC).joining(0, waiting_s=60.0).started(1).written()
+    assert case.status.generation == 1
+    case.running(0, generation=1)
+    case.joining(1, waiting_s=400.0)
+    commit = CommitView(step=40, uri="", generation=1, at_s=NOW_S + 299)
+    case.now_s = NOW_S + 310
+    assert case.knows(commit=commit).plan().end_generation is None
+    case.knows(commit=replace(commit, at_s=NOW_S + 301))
+    assert case.plan().end_generation == 1
