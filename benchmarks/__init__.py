@@ -1,0 +1,1 @@
+"""Figures of this machine, side by side in one run: `python -m benchmarks [NAME ...]`."""
