@@ -55,10 +55,8 @@ def slot(training: Training, number: int) -> dict[str, Any]:
 
 def rank_zero(training: Training) -> str:
     """Name of the newest pod in slot 0, whose log tells the steps."""
-    label = "dstrain.dev/slot"
-    return [p for p in training.pods() if p["metadata"]["labels"][label] == "0"][-1]["metadata"][
-        "name"
-    ]
+    every = [p["metadata"] for p in training.pods()]
+    return str([m for m in every if m["labels"]["dstrain.dev/slot"] == "0"][-1]["name"])
 
 
 def processes_of(cluster: Cluster, namespace: str, pod: str) -> list[int]:
