@@ -1,10 +1,8 @@
 """The coordinator over HTTP, for the agents of worker pods; and what Prometheus and the kubelet
 ask of the operator.
 
-    POST /v1/trainings/{uid}/join     body Join    200 Assignment as soon as its generation is
-    formed;
-                                                   202 Assignment with generation 0 after 20 s: ask
-                                                   again at once
+    POST /v1/trainings/{uid}/join     body Join    200 Assignment, when its generation is formed;
+                                                   202 generation 0 after 20 s: ask again at once
     POST /v1/trainings/{uid}/beat     body Beat    200 Orders
     POST /v1/trainings/{uid}/report   body Report  204
     POST /v1/trainings/{uid}/commit   body Commit  200 Verdict
@@ -17,10 +15,11 @@ it. Joins, beats, reports and commits may be repeated when the answer was lost. 
 JSON body `{"detail": "..."}`:
 
     401  wrong or missing token
-    404  the training is not known (yet), or its members are not all known yet after a restart: ask
-    again 410  this pod was replaced and will never be a member again: exit
-    413  body too large             422  body is not what the protocol says: a bug of the sender,
-    do not repeat 429  too many pods: ask again after `Retry-After` seconds
+    404  the training, or all members of its generation, are not known yet: ask again
+    410  this pod was replaced and will never be a member again: exit
+    413  body too large
+    422  body is not what the protocol says: a bug of the sender, do not repeat
+    429  too many pods: ask again after `Retry-After` seconds
     503  the server is stopping: ask again
 
 An agent that gets no answer, 404, 429 or 5xx goes on as it is and asks again with back-off and
