@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from deepseek_trainer import reporting
+from deepseek_trainer.agent.client import Unreachable
 from deepseek_trainer.state.commit import Committer, ask_coordinator
 from deepseek_trainer.state.folder import CheckpointFolder
 from dstrain_api import constants
@@ -36,12 +37,12 @@ class Coordinator:
 
     def __init__(self) -> None:
         self.asked: Queue[tuple[int, str]] = Queue()
-        self.answers: Queue[Verdict | OSError] = Queue()
+        self.answers: Queue[Verdict | Unreachable] = Queue()
 
     def ask(self, step: int, uri: str) -> Verdict:
         self.asked.put((step, uri))
         answer = self.answers.get(timeout=10)
-        if isinstance(answer, OSError):
+        if isinstance(answer, Unreachable):
             raise answer
         return answer
 
@@ -91,7 +92,7 @@ def test_a_coordinator_that_is_away_is_asked_again_and_training_is_not_held_up(
 ) -> None:
     commits, steps = committer(folder, coordinator)
     commits.submit(40, draft(folder, 40), began_s=0.0)  # returns although nobody answers
-    coordinator.answers.put(ConnectionRefusedError("away"))
+    coordinator.answers.put(Unreachable("away"))
     coordinator.answers.put(YES)
     assert commits.wait().accepted
     assert steps == [40]
@@ -105,7 +106,7 @@ def test_the_next_save_takes_the_place_of_a_draft_that_waits(
     assert coordinator.asked.get(timeout=10)[0] == 40
     commits.submit(50, draft(folder, 50), began_s=0.0)
     commits.submit(60, draft(folder, 60), began_s=0.0)
-    coordinator.answers.put(ConnectionRefusedError("away"))
+    coordinator.answers.put(Unreachable("away"))
     coordinator.answers.put(YES)
     assert commits.wait().accepted
     assert coordinator.asked.get(timeout=10)[0] == 60
@@ -206,22 +207,22 @@ def test_the_question_names_the_generation_and_carries_the_token(server: Server)
     assert Commit.model_validate(body) == commit
 
 
-def test_an_answer_that_will_not_change_is_a_refusal(server: Server) -> None:
+def test_a_pod_that_was_replaced_is_refused(server: Server) -> None:
     server.status = 410
-    assert "410" in ask_coordinator(40, "uri").reason
+    assert "replaced" in ask_coordinator(40, "uri").reason
 
 
 @pytest.mark.parametrize("status", [404, 500, 503])
 def test_another_error_means_ask_again(server: Server, status: int) -> None:
     server.status = status
-    with pytest.raises(OSError, match=str(status)):
+    with pytest.raises(Unreachable, match=str(status)):
         ask_coordinator(40, "uri")
 
 
 def test_nobody_there_means_ask_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(Unreachable, match="refused"):
         ask_coordinator(40, "uri")
 
 

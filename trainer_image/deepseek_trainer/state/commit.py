@@ -2,34 +2,24 @@
 holding up training.
 """
 
-import json
 import logging
 import os
 import shutil
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dstrain_api.constants import (
-    ENV_COORDINATOR,
-    ENV_GENERATION,
-    ENV_POD_UID,
-    ENV_TOKEN,
-    ENV_TRAINING_UID,
-)
+from dstrain_api.constants import ENV_COORDINATOR, ENV_GENERATION, ENV_POD_UID
 from dstrain_api.protocol import Commit, Verdict
 
+from deepseek_trainer.agent.client import CoordinatorClient, Fenced, Unreachable
 from deepseek_trainer.state.folder import CheckpointFolder
 
 _log = logging.getLogger(__name__)
-_TIMEOUT_S: Final = 5.0
 _PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-_FINAL_ANSWERS: Final = frozenset({401, 403, 410, 422})  # asking again would not help
 
 
 def generation() -> int:
@@ -41,27 +31,18 @@ def ask_coordinator(step: int, uri: str) -> Verdict:
     """Ask once. Without a coordinator (plain torchrun) every commit is accepted.
 
     Raises:
-        OSError: no answer; ask again.
+        Unreachable: no answer; ask again.
     """
-    coordinator = os.environ.get(ENV_COORDINATOR)
-    if not coordinator:
+    if not os.environ.get(ENV_COORDINATOR):
         return Verdict(accepted=True)
     commit = Commit(pod_uid=os.environ[ENV_POD_UID], generation=generation(), step=step, uri=uri)
-    request = urllib.request.Request(  # noqa: S310  (the operator gives the address)
-        f"{coordinator}/v1/trainings/{os.environ[ENV_TRAINING_UID]}/commit",
-        data=commit.model_dump_json().encode(),
-        headers={
-            "Authorization": f"Bearer {os.environ.get(ENV_TOKEN, '')}",
-            "Content-Type": "application/json",
-        },
-    )
+    client = CoordinatorClient.from_environment()
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
-            return Verdict.model_validate(json.load(answer))
-    except urllib.error.HTTPError as error:
-        if error.code in _FINAL_ANSWERS:
-            return Verdict(accepted=False, reason=f"the coordinator answered {error}")
-        raise
+        return client.commit(commit)
+    except Fenced as error:
+        return Verdict(accepted=False, reason=f"this pod was replaced: {error}")
+    finally:
+        client.close()
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,7 @@ class Committer:
 
     Args:
         folder: of the training.
-        ask: question to the coordinator; an OSError means: ask again.
+        ask: question to the coordinator; Unreachable means: ask again.
         uri: of the folder, for the coordinator's status.
         committed: called after each commit, in the background thread, with the step and the seconds
             since its save began.
@@ -164,7 +145,7 @@ class Committer:
         for attempt in range(1 << 62):
             try:
                 return self._ask(draft.step, f"{self._uri}/step-{draft.step}")
-            except OSError as error:
+            except Unreachable as error:
                 pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
                 _log.warning("no answer to the commit of step %d: %s", draft.step, error)
                 with self._changed:
