@@ -59,9 +59,9 @@ def chart_values(images_by_target: dict[str, str]) -> list[str]:
     return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
 
-def helm_install(cluster: Cluster, images_by_target: dict[str, str]) -> Release:
-    """`helm upgrade --install --wait`, as the README tells a user to."""
+def helm_install(cluster: Cluster, images_by_target: dict[str, str], *values: str) -> Release:
+    """`helm upgrade --install --wait`, as the README tells a user to; `values` as for helm."""
     arguments = ["upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE]
     arguments += ["--create-namespace", "--wait", "--timeout", "120s"]
-    helm(cluster, *arguments, *chart_values(images_by_target))
+    helm(cluster, *arguments, *chart_values(images_by_target), *values)
     return Release(cluster, NAMESPACE, RELEASE)

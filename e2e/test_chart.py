@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from e2e import install
 from e2e.clusters.interface import Cluster
+from e2e.clusters.shell import run
 from e2e.conftest import MakeTraining
 
 
@@ -58,3 +60,32 @@ def _images(cluster: Cluster) -> dict[str, str]:
         "operator": f"{operator['repository']}:{operator['tag']}",
         "trainer": f"{trainer['repository']}:{trainer['tag']}",
     }
+
+
+def test_with_a_certificate_of_its_own_ca_workers_speak_tls_to_the_operator(
+    make_training: MakeTraining, cluster: Cluster, operator: install.Release, tmp_path: Path
+) -> None:
+    service = f"{install.RELEASE}-deepseek-operator.{install.NAMESPACE}.svc"
+    key, certificate = tmp_path / "tls.key", tmp_path / "tls.crt"
+    run(
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+        *("-subj", "/CN=dstrain", "-addext", f"subjectAltName=DNS:{service}"),
+        *("-keyout", key, "-out", certificate),
+    )
+    secret = ["secret", "generic", "own-ca", f"--from-file=tls.crt={certificate}"]
+    secret += [f"--from-file=tls.key={key}", f"--from-file=ca.crt={certificate}"]
+    cluster.kubectl("-n", install.NAMESPACE, "create", *secret)
+    images = _images(cluster)
+    try:
+        values = ("--set", "tls.secretName=own-ca", "--set", "tls.caKey=ca.crt")
+        install.helm_install(cluster, images, *values)
+        training = make_training("secret", training={"total": {"tokens": 102_400}})
+        training.apply()
+        finished = training.wait_complete(300)
+        assert finished.status["checkpoint"]["step"] == finished.status["progress"]["totalSteps"]
+        url = ["--", "python3", "-c", "import os; print(os.environ['DSTRAIN_COORDINATOR_URL'])"]
+        pod = operator.pod()["metadata"]["name"]
+        assert cluster.kubectl("-n", install.NAMESPACE, "exec", pod, *url).startswith("https://")
+    finally:
+        install.helm_install(cluster, images)
+        cluster.kubectl("-n", install.NAMESPACE, "delete", "secret", "own-ca")

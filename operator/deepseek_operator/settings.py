@@ -55,6 +55,7 @@ def from_environment(environment: Mapping[str, str]) -> Configuration:
         settings=Settings(
             trainer_image=_required(environment, "DSTRAIN_TRAINER_IMAGE", "the trainer image"),
             coordinator_url=_url(environment),
+            coordinator_ca=_ca(environment),
             beat_interval_s=_seconds(environment),
             image_pull_policy=_pull_policy(environment),
             image_pull_secrets=_names(environment, "DSTRAIN_TRAINER_PULL_SECRETS"),
@@ -79,6 +80,11 @@ def _url(environment: Mapping[str, str]) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"DSTRAIN_COORDINATOR_URL is {url!r}: begin it with http:// or https://")
     return url.rstrip("/")
+
+
+def _ca(environment: Mapping[str, str]) -> str:
+    path = _file(environment, "DSTRAIN_TLS_CA_FILE")
+    return path.read_text() if path else ""
 
 
 def _token_key(environment: Mapping[str, str]) -> bytes:
@@ -121,12 +127,17 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _tls(environment: Mapping[str, str]) -> dict[str, Path | None]:
-    paths = {}
-    for field, name in (("tls_cert", "DSTRAIN_TLS_CERT_FILE"), ("tls_key", "DSTRAIN_TLS_KEY_FILE")):
-        text = environment.get(name, "")
-        paths[field] = Path(text) if text else None
-        if text and not Path(text).is_file():
-            raise ValueError(f"{name} is {text!r}, which is no file")
+    paths = {
+        "tls_cert": _file(environment, "DSTRAIN_TLS_CERT_FILE"),
+        "tls_key": _file(environment, "DSTRAIN_TLS_KEY_FILE"),
+    }
     if (paths["tls_cert"] is None) != (paths["tls_key"] is None):
         raise ValueError("set both DSTRAIN_TLS_CERT_FILE and DSTRAIN_TLS_KEY_FILE, or neither")
     return paths
+
+
+def _file(environment: Mapping[str, str], name: str) -> Path | None:
+    text = environment.get(name, "")
+    if text and not Path(text).is_file():
+        raise ValueError(f"{name} is {text!r}, which is no file")
+    return Path(text) if text else None

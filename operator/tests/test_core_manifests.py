@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,15 +213,28 @@ def test_a_node_to_avoid_is_excluded_in_every_alternative_of_the_users_affinity(
 
 def test_the_claim_is_made_only_when_no_folder_is_named():
     def kinds(parsed):
-        return [m["kind"] for m in supporting(training(parsed), parsed, "t")]
+        return [m["kind"] for m in supporting(training(parsed), parsed, SETTINGS, "t")]
 
     assert kinds(spec()) == ["Secret", "Service", "PersistentVolumeClaim"]
     assert kinds(spec(checkpoint={"uri": "file:///runs"})) == ["Secret", "Service"]
 
 
+def test_a_coordinator_with_its_own_ca_is_trusted_by_its_workers():
+    parsed = spec()
+    settings = replace(SETTINGS, coordinator_ca="PEM")
+    secret = supporting(training(parsed), parsed, settings, "t")[0]
+    assert secret["stringData"] == {"token": "t", "ca.crt": "PEM"}
+    made = pod(settings=settings)["spec"]
+    container = made["containers"][0]
+    assert {"name": "DSTRAIN_CA_FILE", "value": "/etc/dstrain/ca.crt"} in container["env"]
+    mount = next(m for m in container["volumeMounts"] if m["mountPath"] == "/etc/dstrain")
+    volume = next(v for v in made["volumes"] if v["name"] == mount["name"])
+    assert volume["secret"]["secretName"] == secret["metadata"]["name"]
+
+
 def test_everything_is_owned_by_the_training():
     parsed = spec()
-    made = [*supporting(training(parsed), parsed, "t"), pod()]
+    made = [*supporting(training(parsed), parsed, SETTINGS, "t"), pod()]
     for manifest in made:
         [owner] = manifest["metadata"]["ownerReferences"]
         assert (owner["uid"], owner["controller"]) == ("0000-1111", True)

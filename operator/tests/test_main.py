@@ -44,6 +44,7 @@ def test_everything_set(tmp_path: Path) -> None:
             "DSTRAIN_BEAT_INTERVAL_S": "5",
             "DSTRAIN_TLS_CERT_FILE": str(cert),
             "DSTRAIN_TLS_KEY_FILE": str(key),
+            "DSTRAIN_TLS_CA_FILE": str(cert),
         }
     )
     assert configuration.namespaces == ("team-a", "team-b")
@@ -51,6 +52,7 @@ def test_everything_set(tmp_path: Path) -> None:
     assert configuration.settings.image_pull_secrets == ("one", "two")
     assert configuration.settings.beat_interval_s == 5
     assert (configuration.tls_cert, configuration.tls_key) == (cert, key)
+    assert configuration.settings.coordinator_ca == cert.read_text()
 
 
 @pytest.mark.parametrize(

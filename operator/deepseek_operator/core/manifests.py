@@ -34,12 +34,14 @@ def gang(
         worker_pod(s.training, s.spec, s.settings, slot=i, attempt=status.attempt, avoid=avoid)
         for i in slots
     )
-    return (*supporting(s.training, s.spec, s.observed.token), *pods) if pods else ()
+    return (*supporting(s.training, s.spec, s.settings, s.observed.token), *pods) if pods else ()
 
 
-def supporting(training: Training, spec: DeepSeekTrainingSpec, token: str) -> tuple[Manifest, ...]:
+def supporting(
+    training: Training, spec: DeepSeekTrainingSpec, settings: Settings, token: str
+) -> tuple[Manifest, ...]:
     """The token, the service, and the checkpoint claim unless the user names a folder."""
-    made = [_secret(training, token), _service(training)]
+    made = [_secret(training, token, settings.coordinator_ca), _service(training)]
     if spec.checkpoint.uri is None:
         made.append(_claim(training, spec))
     return tuple(made)
@@ -98,11 +100,13 @@ def _pod_spec(
     net: fabric.Fabric,
 ) -> dict[str, Any]:
     claim_volumes, claim_mounts = volumes.mounts(volumes.claims(training.name, spec))
+    ca_volumes, ca_mounts = _trust(training, settings)
     container = worker.container(training, spec, settings, slot)
     container["volumeMounts"] = [
         {"name": "shm", "mountPath": SHM},
         {"name": "tmp", "mountPath": TMP},
         *claim_mounts,
+        *ca_mounts,
     ]
     made: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -129,6 +133,7 @@ def _pod_spec(
             },
             {"name": "tmp", "emptyDir": {}},
             *claim_volumes,
+            *ca_volumes,
         ],
     }
     if spec.workers.gpus_per_worker:
@@ -141,6 +146,16 @@ def _pod_spec(
     if settings.image_pull_secrets:
         made["imagePullSecrets"] = [{"name": n} for n in settings.image_pull_secrets]
     return made
+
+
+def _trust(training: Training, settings: Settings) -> tuple[list[Manifest], list[Manifest]]:
+    """Volume and mount of the coordinator's CA, if it has one of its own."""
+    if not settings.coordinator_ca:
+        return [], []
+    items = [{"key": worker.CA_KEY, "path": worker.CA_KEY}]
+    secret = {"secretName": worker.secret_name(training.name), "items": items}
+    mount = {"name": "coordinator-ca", "mountPath": worker.CA_FOLDER, "readOnly": True}
+    return [{"name": "coordinator-ca", "secret": secret}], [mount]
 
 
 def _spread(training: str) -> dict[str, Any]:
@@ -177,11 +192,12 @@ def _owned(training: Training, kind: str, name: str) -> Manifest:
     }
 
 
-def _secret(training: Training, token: str) -> Manifest:
+def _secret(training: Training, token: str, ca: str) -> Manifest:
+    """What a worker needs to speak with the coordinator: its token, and whom to trust."""
     return {
-        **_owned(training, "Secret", f"{training.name}-token"),
+        **_owned(training, "Secret", worker.secret_name(training.name)),
         "type": "Opaque",
-        "stringData": {"token": token},
+        "stringData": {"token": token} | ({worker.CA_KEY: ca} if ca else {}),
     }
 
 

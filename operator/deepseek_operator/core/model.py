@@ -185,6 +185,7 @@ class Settings:
 
     trainer_image: str
     coordinator_url: str
+    coordinator_ca: str = ""  # PEM of the CA that worker pods must trust besides their own
     beat_interval_s: float = 1.0
     status_interval_s: float = (
         10.0  # shortest time between two status writes that only carry progress

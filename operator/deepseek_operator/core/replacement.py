@@ -88,7 +88,8 @@ def supply(s: Situation) -> Decision | None:
     if not any(_misses_something(pod) for pod in waiting):
         return None
     return Decision(
-        creates=supporting(s.training, s.spec, s.observed.token), requeue_after_s=SUPPLY_RETRY_S
+        creates=supporting(s.training, s.spec, s.settings, s.observed.token),
+        requeue_after_s=SUPPLY_RETRY_S,
     )
 
 

@@ -25,6 +25,7 @@ from deepseek_operator.core.model import Settings, Training
 SHUTDOWN_S = 90
 GRACE_S = 120
 USER_ID = 10001  # of the trainer image
+CA_FOLDER, CA_KEY = "/etc/dstrain", "ca.crt"
 RDZV_PORTS = {"http": 80, "https": 443}
 
 
@@ -51,6 +52,11 @@ def container(training: Training, spec: DeepSeekTrainingSpec, settings: Settings
         # What a program writes last is in the pod's status when it ends by itself.
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
+
+
+def secret_name(training: str) -> str:
+    """Of the Secret with the training's token."""
+    return f"{training}-token"
 
 
 def command(training: Training, spec: DeepSeekTrainingSpec, settings: Settings) -> list[str]:
@@ -101,6 +107,8 @@ def environment(
         "HOME": "/tmp",  # noqa: S108, an empty folder of the pod; the user has no other
         "PYTHONUNBUFFERED": "1",
     }
+    if settings.coordinator_ca:
+        plain[names.ENV_CA_FILE] = f"{CA_FOLDER}/{CA_KEY}"
     config = trainer_config(training.name, spec)
     if config:
         plain[names.ENV_CONFIG] = config.model_dump_json(by_alias=True, exclude_none=True)
@@ -110,7 +118,7 @@ def environment(
         names.ENV_POD_IP: "status.podIP",
         names.ENV_NODE: "spec.nodeName",
     }
-    token = {"secretKeyRef": {"name": f"{training.name}-token", "key": "token"}}
+    token = {"secretKeyRef": {"name": secret_name(training.name), "key": "token"}}
     return [
         *({"name": k, "value": v} for k, v in plain.items()),
         *({"name": k, "valueFrom": {"fieldRef": {"fieldPath": v}}} for k, v in fields.items()),
