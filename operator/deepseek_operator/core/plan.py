@@ -141,7 +141,10 @@ def _events(
 
 def _event(before: Condition | None, said: Condition, now_s: float) -> Event | None:
     if before and (before.status, before.reason) == (said.status, said.reason):
-        return None
+        # The scheduler's first words may be of a claim that is bound a moment later.
+        retold = (said.type, said.reason) in _TOLD_REASONS and before.message != said.message
+        if not retold:
+            return None
     kind = _TOLD.get((said.type, said.status))
     if kind is None and (said.type, said.reason) in _TOLD_REASONS:
         kind = "Warning"

@@ -148,6 +148,14 @@ def test_a_pod_without_a_node_says_what_is_missing_and_what_to_do():
     assert "Unschedulable" in [e.reason for e in decided.events]
 
 
+def test_an_event_tells_what_the_scheduler_says_in_the_end():
+    case = Case().started(0, 1)
+    case.change_pod(1, node="", phase="Pending", unschedulable="unbound PersistentVolumeClaims")
+    case.status = case.plan().status
+    case.change_pod(1, node="", phase="Pending", unschedulable="3 Insufficient cpu")
+    assert "Insufficient cpu" in case.plan().events[0].message
+
+
 def test_an_image_that_cannot_be_pulled_is_named():
     waiting = ContainerView(waiting_reason="ImagePullBackOff", waiting_message="not found")
     case = Case().started(0, 1).change_pod(0, phase="Pending", container=waiting)
