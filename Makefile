@@ -10,7 +10,7 @@ CONSTRAINTS := $(wildcard constraints/*.txt)
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: help run test e2e cluster cluster-down lint format bench generate clean
+.PHONY: help run test e2e cluster install cluster-down lint format bench generate clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,7 +33,10 @@ test: .venv/installed-dev  ## all tests that need no cluster
 	$(BIN)/python -m pytest
 
 cluster: .venv/installed-dev  ## a local Kubernetes: kind where Docker answers, network namespaces otherwise (root)
-	$(BIN)/python -m e2e.clusters up --name $(CLUSTER) --nodes $(NODES)
+	@$(BIN)/python -m e2e.clusters up --name $(CLUSTER) --nodes $(NODES)
+
+install: .venv/installed-dev  ## build this checkout's images and install the chart into that cluster
+	$(BIN)/python -m e2e.install $(CLUSTER)
 
 cluster-down: .venv/installed-dev  ## stop and remove it
 	$(BIN)/python -m e2e.clusters down --name $(CLUSTER)

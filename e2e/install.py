@@ -1,15 +1,21 @@
-"""Build the images of this checkout, give them to a cluster, and install the chart with helm."""
+"""Build the images of this checkout, give them to a cluster, and install the chart with helm.
+
+`python -m e2e.install NAME` does it for a local cluster that is up.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from e2e.clusters import images
 from e2e.clusters.interface import Cluster
+from e2e.clusters.providers import choose
 from e2e.clusters.shell import run
 
 CHART = Path(__file__).resolve().parent.parent / "charts" / "deepseek-operator"
@@ -65,3 +71,17 @@ def helm_install(cluster: Cluster, images_by_target: dict[str, str], *values: st
     arguments += ["--create-namespace", "--wait", "--timeout", "120s"]
     helm(cluster, *arguments, *chart_values(images_by_target), *values)
     return Release(cluster, NAMESPACE, RELEASE)
+
+
+def main(name: str) -> None:
+    """Install into the local cluster of that name."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    cluster = choose(name)
+    if not cluster.is_up():
+        sys.exit(f"error: there is no cluster {name}; start it with `make cluster`")
+    release = helm_install(cluster, build_and_load(cluster))
+    print(f"installed in {release.namespace}; next: kubectl apply -f examples/mini.yaml")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
