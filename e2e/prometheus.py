@@ -6,11 +6,9 @@ with Prometheus(folder, [static_job("worker", {"10.0.0.7:9400": {"namespace": "a
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, Self
 import httpx
 import yaml
 
-from e2e.clusters.home import home
+from e2e.clusters import programs
 from e2e.clusters.shell import ClusterError, run, wait_until
 
 
@@ -38,39 +36,11 @@ class Series:
 
 
 def ensure_prometheus() -> Path:
-    """The folder of `prometheus` and `promtool`, fetched from Debian's mirror at the first call.
-
-    Kept in `home()`. ClusterError says why they can't be had.
-    """
+    """The folder of `prometheus` and `promtool`: installed ones, or those of the test clusters."""
     installed = shutil.which("prometheus")
     if installed and shutil.which("promtool"):
         return Path(installed).parent
-    for kept in sorted(home().glob("prometheus-*/usr/bin"), reverse=True):
-        return kept
-    if shutil.which("apt-get") is None:
-        raise ClusterError("needs `prometheus` and `promtool` on the PATH (no apt-get to get them)")
-    return _download()
-
-
-def _download() -> Path:
-    home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home()) as scratch:
-        try:
-            run("apt-get", "download", "prometheus", folder=Path(scratch), timeout_s=300)
-        except ClusterError:
-            if os.geteuid() != 0:
-                raise
-            # A fresh machine has no package lists.
-            run("apt-get", "update", timeout_s=600)
-            run("apt-get", "download", "prometheus", folder=Path(scratch), timeout_s=300)
-        package = next(Path(scratch).glob("prometheus_*.deb"))
-        version = run("dpkg-deb", "--field", package, "Version").strip()
-        unpacked = Path(scratch) / "unpacked"
-        run("dpkg-deb", "--extract", package, unpacked)
-        target = home() / f"prometheus-{version}"
-        if not target.exists():
-            unpacked.rename(target)
-    return target / "usr" / "bin"
+    return programs.ensure()
 
 
 def check_metrics(exposition: str) -> None:
@@ -105,7 +75,7 @@ class Prometheus:
         self.url = ""
 
     def __enter__(self) -> Self:
-        programs = ensure_prometheus()
+        folder = ensure_prometheus()
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "prometheus.yml"
         config.write_text(
@@ -119,13 +89,13 @@ class Prometheus:
                 }
             )
         )
-        run(programs / "promtool", "check", "config", config)
+        run(folder / "promtool", "check", "config", config)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         with (self._folder / "prometheus.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    programs / "prometheus",
+                    folder / "prometheus",
                     f"--config.file={config}",
                     f"--storage.tsdb.path={self._folder / 'data'}",
                     "--storage.tsdb.retention.time=10y",
@@ -174,14 +144,6 @@ class Prometheus:
     def targets(self) -> list[dict[str, Any]]:
         """What is scraped, as /api/v1/targets describes it: `labels`, `health`, `lastError`."""
         return list(self.get("/api/v1/targets", state="active")["activeTargets"])
-
-    def wait_scraped(self, targets: int, *, timeout_s: float = 60) -> None:
-        """Return when at least that many targets have answered."""
-        wait_until(
-            lambda: sum(t["health"] == "up" for t in self.targets()) >= targets,
-            f"{targets} targets to be scraped",
-            timeout_s=timeout_s,
-        )
 
     def get(self, path: str, **parameters: str) -> Any:
         """`data` of an answer of the HTTP API; ClusterError with Prometheus's words otherwise."""

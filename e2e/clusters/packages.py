@@ -55,5 +55,19 @@ def ensure() -> None:
     )
 
 
+def download(package: str, folder: Path) -> None:
+    """Fetch a package into a folder without installing it; ClusterError where that can't be."""
+    if shutil.which("apt-get") is None:
+        raise ClusterError(f"needs the Debian package {package}, and here is no apt-get")
+    try:
+        run("apt-get", "download", package, folder=folder, timeout_s=600)
+    except ClusterError:
+        if os.geteuid() != 0:
+            raise
+        # A fresh machine has no package lists.
+        run("apt-get", "update", timeout_s=600)
+        run("apt-get", "download", package, folder=folder, timeout_s=600)
+
+
 def _exists(file: str) -> bool:
     return Path(file).exists() if file.startswith("/") else shutil.which(file) is not None

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from e2e.clusters import packages
 from e2e.clusters.home import home
 from e2e.clusters.shell import ClusterError, run
 
@@ -155,8 +156,8 @@ def _make_module(source: Source, module: Path) -> None:
         parts = re.findall(r"(k8s\.io/\S+) => \./staging/", Path(download["GoMod"]).read_text())
         released = f"v0.{source.version.removeprefix('1.')}"
         _go(module, "mod", "edit", *(f"-replace={p}={p}@{released}" for p in sorted(set(parts))))
-    packages = [f"{p}@v{source.version}" for p in source.packages.values()]
-    _go(module, "get", "-tool", *packages)
+    wanted = [f"{p}@v{source.version}" for p in source.packages.values()]
+    _go(module, "get", "-tool", *wanted)
 
 
 def _go(module: Path, *arguments: str | Path) -> str:
@@ -180,7 +181,7 @@ def _extract(package: str, names: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         # apt drops to a user of its own for the download, who must be able to write here.
         Path(work).chmod(0o777)
-        run("apt-get", "download", package, folder=Path(work), timeout_s=600)
+        packages.download(package, Path(work))
         (archive,) = Path(work).glob("*.deb")
         run("dpkg", "-x", archive, f"{work}/unpacked", timeout_s=120)
         for name in names:
