@@ -86,9 +86,9 @@ def _composed(s: Situation, decision: Decision) -> Plan:
 
 def _progress_wait_s(s: Situation, wait_s: float, written: bool) -> float | None:
     """When to look for progress again: it wakes nobody by itself."""
-    if s.observed.gathering.membership is None:
-        return None if written or wait_s <= 0 else wait_s
-    return wait_s if wait_s > 0 and not written else s.settings.status_interval_s
+    if wait_s > 0 and not written:
+        return wait_s
+    return s.settings.status_interval_s if s.membership else None
 
 
 def _lasting(status: DeepSeekTrainingStatus) -> object:

@@ -29,7 +29,7 @@ from deepseek_operator.core.membership import SHRUNK
 from deepseek_operator.core.model import Membership, Training
 from deepseek_operator.core.situation import ALIVE, Decision, Situation
 from deepseek_operator.core.volumes import public_uri
-from deepseek_operator.core.words import eta_s, pod_problem, summary, waiting_for
+from deepseek_operator.core.words import eta_s, pod_problem, shortened, summary, waiting_for
 
 EXCLUDED_LIMIT = 32
 _ENDS: tuple[Literal["Complete", "Failed", "Suspended"], ...] = ("Complete", "Failed", "Suspended")
@@ -91,13 +91,12 @@ def refused(training: Training, now_s: float) -> DeepSeekTrainingStatus:
         now_s=now_s,
         generation=training.generation,
     )
-    message = f"the spec can't be trained: {training.spec_error}"
-    short = message if len(message) <= 512 else message[:511] + "…"
+    message = shortened(f"the spec can't be trained: {training.spec_error}")
     return after.model_copy(
         update={
             "observed_generation": training.generation,
             "phase": phase(after),
-            "summary": after.summary.model_copy(update={"message": short}),
+            "summary": after.summary.model_copy(update={"message": message}),
         }
     )
 

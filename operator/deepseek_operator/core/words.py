@@ -13,6 +13,7 @@ IMAGE_REASONS = frozenset(
 CONTAINER_REASONS = frozenset(
     {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 )
+COLUMN_LIMIT = 512  # characters of the MESSAGE column
 NAMED_PODS = 3  # more than these are only counted
 
 
@@ -94,8 +95,13 @@ def summary(s: Situation, status: DeepSeekTrainingStatus, message: str) -> Summa
         restarts=str(restarts),
         loss=f"{p.loss:.3f}" if p.loss is not None else "",
         checkpoint=str(status.checkpoint.step) if status.checkpoint else "",
-        message=message if len(message) <= 512 else message[:511] + "…",
+        message=shortened(message),
     )
+
+
+def shortened(message: str) -> str:
+    """A message that fits into the column."""
+    return message if len(message) <= COLUMN_LIMIT else message[: COLUMN_LIMIT - 1] + "…"
 
 
 def eta_s(progress: Progress, step_seconds: float) -> float | None:

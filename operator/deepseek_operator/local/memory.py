@@ -15,10 +15,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+from deepseek_operator.core.clock import rfc3339
 from deepseek_operator.kube.port import (
     BY_KIND,
     NODES,
@@ -307,7 +307,7 @@ class MemoryCluster:
             observer(change.resource, change.event)
 
     def _now(self) -> str:
-        return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return rfc3339(self._clock())
 
 
 def copied(value: Any, *, skip: str = "") -> Any:

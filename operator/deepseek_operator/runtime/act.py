@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dstrain_api import constants as names
 
 from deepseek_operator.core.clock import rfc3339
-from deepseek_operator.core.model import Event, Membership, Plan, PodDelete, Training
+from deepseek_operator.core.model import Event, Membership, Plan, Training
 from deepseek_operator.kube.port import (
     PODS,
     TRAININGS,
@@ -25,6 +26,7 @@ from deepseek_operator.kube.port import (
     Conflict,
     NotFound,
     Refused,
+    Resource,
 )
 
 log = logging.getLogger(__name__)
@@ -76,10 +78,11 @@ async def act(plan: Plan, training: Training, cluster: Cluster, members: Members
             return Outcome(resource_version=version, conflict=True)
     _instruct(plan, training.uid, members)
     created, refused = await _create(plan, cluster)
+    where = training.namespace
     for pod in plan.deletes:
-        await _delete(pod, training, cluster)
+        await _delete(cluster, PODS, where, pod.name, uid=pod.uid, grace_s=pod.grace_s)
     if plan.delete_training:
-        await _delete_training(training, cluster)
+        await _delete(cluster, TRAININGS, where, training.name, uid=training.uid)
     for event in plan.events:
         await _tell(event, training, cluster)
     return Outcome(resource_version=version, refused=refused, created=created)
@@ -107,18 +110,17 @@ async def _create(plan: Plan, cluster: Cluster) -> tuple[tuple[dict[str, Any], .
     return tuple(created), refused
 
 
-async def _delete(pod: PodDelete, training: Training, cluster: Cluster) -> None:
-    try:
-        await cluster.delete(PODS, training.namespace, pod.name, uid=pod.uid, grace_s=pod.grace_s)
-    except NotFound:
-        return
-
-
-async def _delete_training(training: Training, cluster: Cluster) -> None:
-    try:
-        await cluster.delete(TRAININGS, training.namespace, training.name, uid=training.uid)
-    except NotFound:
-        return
+async def _delete(
+    cluster: Cluster,
+    resource: Resource,
+    namespace: str,
+    name: str,
+    *,
+    uid: str,
+    grace_s: int | None = None,
+) -> None:
+    with suppress(NotFound):  # then it is gone already, which is all that is wanted
+        await cluster.delete(resource, namespace, name, uid=uid, grace_s=grace_s)
 
 
 async def _tell(event: Event, training: Training, cluster: Cluster) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from dstrain_api.constants import (
@@ -19,6 +18,7 @@ from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.status import DeepSeekTrainingStatus
 from pydantic import ValidationError
 
+from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.model import ContainerView, NodeView, PodView, Training
 
 Object = Mapping[str, Any]
@@ -47,7 +47,7 @@ def training_view(stored: Object) -> Training:
         uid=meta["uid"],
         resource_version=meta["resourceVersion"],
         generation=meta.get("generation", 0),
-        created_at_s=epoch_s(meta["creationTimestamp"]),
+        created_at_s=seconds(meta["creationTimestamp"]),
         deleting="deletionTimestamp" in meta,
         spec=spec,
         spec_error=spec_error,
@@ -81,7 +81,7 @@ def pod_view(stored: Object) -> PodView | None:
         node=(stored.get("spec") or {}).get("nodeName", ""),
         phase=status.get("phase", "Pending"),
         deleting="deletionTimestamp" in meta,
-        created_at_s=epoch_s(meta["creationTimestamp"]),
+        created_at_s=seconds(meta["creationTimestamp"]),
         unschedulable=_unschedulable(conditions.get("PodScheduled", {})),
         excluded_nodes=tuple(filter(None, excluded.split(","))),
         disrupted=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
@@ -98,11 +98,6 @@ def node_view(stored: Object) -> NodeView:
         ready=any(c["type"] == "Ready" and c["status"] == "True" for c in conditions),
         unschedulable=bool((stored.get("spec") or {}).get("unschedulable")),
     )
-
-
-def epoch_s(rfc3339: str) -> float:
-    """Seconds since the epoch of a time such as 2026-11-21T12:00:00Z."""
-    return datetime.fromisoformat(rfc3339).timestamp()
 
 
 def _spec(stored: Object) -> tuple[DeepSeekTrainingSpec | None, str]:

@@ -54,6 +54,7 @@ class Stream:
             f"sequence:{corpora[0].sequence_length}",
         )
         self._shares = shares(weights)
+        self._ends = np.cumsum(self._shares)
 
     def state(self, position: int) -> DataState:
         """The state after everything before `position` was read."""
@@ -90,10 +91,9 @@ class Stream:
         """(source whose turn it is, how many turns it had before)."""
         block, offset = divmod(position, BLOCK)
         slot = permute(offset, BLOCK, f"{self.seed}/block/{block}")
-        ends = np.cumsum(self._shares)
-        source = int(np.searchsorted(ends, slot, side="right"))
+        source = int(np.searchsorted(self._ends, slot, side="right"))
         share = self._shares[source]
-        return source, block * share + slot - int(ends[source] - share)
+        return source, block * share + slot - int(self._ends[source] - share)
 
     def read(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Samples at positions [begin, end), shape [end - begin, sequence_length + 1]."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from deepseek_trainer.model.deepseek import DeepSeek
+from deepseek_trainer.parallel.tensor import local
 
 Part = Callable[[str, torch.Tensor], torch.Tensor]  # of a weight's name and its whole value
 
@@ -25,7 +25,7 @@ def _whole(_name: str, value: torch.Tensor) -> torch.Tensor:
 def initialise(model: DeepSeek, *, seed: int, part: Part = _whole) -> None:
     """Write the initial weights of a model, or of the part of it that this rank holds."""
     for name, weight in model.named_parameters():
-        mine = weight.to_local() if isinstance(weight, DTensor) else weight
+        mine = local(weight)
         whole = torch.empty(weight.shape, device=mine.device)
         if weight.ndim == 1:
             nn.init.ones_(whole)
