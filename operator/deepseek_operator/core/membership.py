@@ -13,13 +13,13 @@ from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.conditions import condition, holds, with_condition
 from deepseek_operator.core.failures import Failure
 from deepseek_operator.core.lifecycle import finish
-from deepseek_operator.core.model import Membership, WorkerError
-from deepseek_operator.core.situation import ALIVE, Decision, Situation, Slot
+from deepseek_operator.core.model import Membership, Plan, WorkerError
+from deepseek_operator.core.situation import ALIVE, Situation, Slot
 
 SHRUNK = "FewerWorkers"  # reason of Degraded while an elastic training goes on with fewer
 
 
-def worker_errors(s: Situation) -> Decision | None:
+def worker_errors(s: Situation) -> Plan | None:
     """A training process failed by itself: one application failure per generation."""
     errors = _unaccounted_errors(s)
     if not errors or _verdict(s, errors) != "count":
@@ -28,11 +28,11 @@ def worker_errors(s: Situation) -> Decision | None:
     after = failures.record(s, failure, generation=errors[0].generation)
     spent = failures.over_budget(s, failure, after)
     if spent:
-        return Decision(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
-    return Decision(status=after, end_generation=_ended_by(s, errors))
+        return Plan(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+    return Plan(status=after, end_generation=_ended_by(s, errors))
 
 
-def end(s: Situation) -> Decision | None:
+def end(s: Situation) -> Plan | None:
     """A generation is over when a member says so, or a member's pod is no more."""
     current = s.membership
     if current is None:
@@ -46,10 +46,10 @@ def end(s: Situation) -> Decision | None:
     missing = [uid for uid in current.pod_uids if uid not in there]
     if not missing and not s.gathering.over:
         return None
-    return Decision(status=_voluntary(s, current), end_generation=current.generation)
+    return Plan(status=_voluntary(s, current), end_generation=current.generation)
 
 
-def form(s: Situation) -> Decision | None:
+def form(s: Situation) -> Plan | None:
     """All slots have joined, or an elastic training has waited long enough for those missing."""
     joined = s.in_state("joining")
     if s.membership or not joined or _adopting(s):
@@ -66,7 +66,7 @@ def form(s: Situation) -> Decision | None:
     elif _shrunk(s):
         after = with_condition(s, after, "Degraded", "False", "AllWorkers", "")
     members = [slot.member for slot in chosen if slot.member]
-    return Decision(
+    return Plan(
         status=after,
         membership=Membership(
             generation=generation,
@@ -77,7 +77,7 @@ def form(s: Situation) -> Decision | None:
     )
 
 
-def grow(s: Situation) -> Decision | None:
+def grow(s: Situation) -> Plan | None:
     """A gang smaller than wanted takes in those who wait, right after a commit."""
     current = s.membership
     if current is None or len(current.pod_uids) >= s.desired:
@@ -92,18 +92,18 @@ def grow(s: Situation) -> Decision | None:
         snooze_s = duration_s(s.spec.elastic.scale_up_snooze) if s.spec.elastic else 0.0
         ready_at_s = max(ready_at_s, seconds(degraded.last_transition_time) + snooze_s)
     elif s.status.checkpoint is None and s.gathering.commit is None:
-        return Decision(status=_scaled(s), end_generation=current.generation)
+        return Plan(status=_scaled(s), end_generation=current.generation)
     commit = s.gathering.commit
     if commit is None or commit.generation != current.generation or commit.at_s < ready_at_s:
         return None
-    return Decision(status=None if _shrunk(s) else _scaled(s), end_generation=current.generation)
+    return Plan(status=None if _shrunk(s) else _scaled(s), end_generation=current.generation)
 
 
-def give_up(s: Situation) -> Decision | None:
+def give_up(s: Situation) -> Plan | None:
     """Those who still run a generation that can never be whole again are told to join the next."""
     if s.membership or not _runners(s) or _adopting(s):
         return None
-    return Decision(end_generation=s.status.generation)
+    return Plan(end_generation=s.status.generation)
 
 
 def _smaller_size(s: Situation, joined: tuple[Slot, ...]) -> int:

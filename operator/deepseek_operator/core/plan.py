@@ -7,17 +7,18 @@ plan is repaired by the next one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
 from deepseek_operator.core import failures, lifecycle, membership, replacement, status
 from deepseek_operator.core.conditions import condition
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
-from deepseek_operator.core.situation import Decision, Situation, survey
+from deepseek_operator.core.situation import Situation, survey
 
 CREATED_LOOK_S = 1.0  # what was created shows by then, or was refused, which nobody tells
 
-Rule = Callable[[Situation], Decision | None]
+Rule = Callable[[Situation], Plan | None]
 
 RULES: tuple[Rule, ...] = (
     lifecycle.finished,
@@ -48,7 +49,7 @@ def plan(training: Training, observed: Observed, settings: Settings, now_s: floa
         after = status.refused(training, now_s)
         return Plan() if after == training.status else _invalid(training, after, now_s)
     s = survey(training, training.spec, observed, settings, now_s)
-    decision = next((d for rule in RULES if (d := rule(s))), Decision())
+    decision = next((d for rule in RULES if (d := rule(s))), Plan())
     return _composed(s, decision)
 
 
@@ -56,7 +57,7 @@ def _invalid(training: Training, after: DeepSeekTrainingStatus, now_s: float) ->
     return Plan(status=after, events=_events(training.status, after, now_s))
 
 
-def _composed(s: Situation, decision: Decision) -> Plan:
+def _composed(s: Situation, decision: Plan) -> Plan:
     """The plan of a decision: with the status that says so, as often as it may be written."""
     before = s.status
     after = status.report(s, decision)
@@ -70,15 +71,9 @@ def _composed(s: Situation, decision: Decision) -> Plan:
         membership.wait_s(s),
         failures.exclusion_wait_s(s, after) if after.excluded_nodes else None,
     ]
-    return Plan(
+    return replace(
+        decision,
         status=after if written else None,
-        membership=decision.membership,
-        end_generation=decision.end_generation,
-        stop=decision.stop,
-        fence=decision.fence,
-        creates=decision.creates,
-        deletes=decision.deletes,
-        delete_training=decision.delete_training,
         events=(*decision.events, *(_events(before, after, s.now_s) if written else ())),
         requeue_after_s=min((w for w in later if w is not None), default=None),
     )

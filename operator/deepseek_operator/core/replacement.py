@@ -8,14 +8,14 @@ from deepseek_operator.core import failures
 from deepseek_operator.core.failures import Failure
 from deepseek_operator.core.lifecycle import finish
 from deepseek_operator.core.manifests import gang, supporting
-from deepseek_operator.core.model import PodDelete, PodView
-from deepseek_operator.core.situation import Decision, Situation, Slot
+from deepseek_operator.core.model import Plan, PodDelete, PodView
+from deepseek_operator.core.situation import Situation, Slot
 
 REFUSED_RETRY_S = 15.0
 SUPPLY_RETRY_S = 10.0
 
 
-def account(s: Situation) -> Decision | None:
+def account(s: Situation) -> Plan | None:
     """Failed and lost pods: count once, raise the attempt, fence and force-delete what is lost.
 
     Pods that fail together are one failure, named by the one closest to the cause. A lost pod is
@@ -35,9 +35,9 @@ def account(s: Situation) -> Decision | None:
     after = after.model_copy(update={"attempt": after.attempt + 1})
     spent = failures.over_budget(s, failure, after)
     if spent:
-        return Decision(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+        return Plan(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
     forgotten = _forget(s, lost)
-    return Decision(
+    return Plan(
         status=after,
         fence=forgotten.fence,
         end_generation=_end_if_member(s, news),
@@ -46,23 +46,23 @@ def account(s: Situation) -> Decision | None:
     )
 
 
-def fill(s: Situation) -> Decision | None:
+def fill(s: Situation) -> Plan | None:
     """Slots without a pod get one, under the current attempt."""
     vacant = [slot.index for slot in s.in_state("vacant")]
     if not vacant or s.observed.refused:
         return None
-    return Decision(creates=gang(s, vacant, s.status))
+    return Plan(creates=gang(s, vacant, s.status))
 
 
-def retry(s: Situation) -> Decision | None:
+def retry(s: Situation) -> Plan | None:
     """What the cluster refused (a quota, a policy) is tried again when nothing else is to do."""
     vacant = [slot.index for slot in s.in_state("vacant")]
     if not vacant:
         return None
-    return Decision(creates=gang(s, vacant, s.status), requeue_after_s=REFUSED_RETRY_S)
+    return Plan(creates=gang(s, vacant, s.status), requeue_after_s=REFUSED_RETRY_S)
 
 
-def respawn(s: Situation) -> Decision | None:
+def respawn(s: Situation) -> Plan | None:
     """A pod that ended well while its gang goes on is needed again, under a new attempt."""
     ended = s.in_state("succeeded")
     rest = [slot for slot in s.slots if slot.state != "succeeded"]
@@ -70,24 +70,24 @@ def respawn(s: Situation) -> Decision | None:
     if not ended or winding_down or s.in_state("vacant", "failed", "lost"):
         return None
     after = s.status.model_copy(update={"attempt": s.status.attempt + 1})
-    return Decision(status=after, creates=gang(s, [e.index for e in ended], after))
+    return Plan(status=after, creates=gang(s, [e.index for e in ended], after))
 
 
-def unblock(s: Situation) -> Decision | None:
+def unblock(s: Situation) -> Plan | None:
     """Pods of a deleted training of the same name may stay for long on a dead node."""
     blocked = [slot.index for slot in s.in_state("blocked")]
     if not blocked or s.in_state("vacant"):
         return None
     after = s.status.model_copy(update={"attempt": s.free_attempt})
-    return Decision(status=after, creates=gang(s, blocked, after))
+    return Plan(status=after, creates=gang(s, blocked, after))
 
 
-def supply(s: Situation) -> Decision | None:
+def supply(s: Situation) -> Plan | None:
     """What pods need and do not find is made again: somebody, or an earlier end, deleted it."""
     waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
     if not any(_misses_something(pod) for pod in waiting):
         return None
-    return Decision(
+    return Plan(
         creates=supporting(s.training, s.spec, s.settings, s.observed.token),
         requeue_after_s=SUPPLY_RETRY_S,
     )
@@ -98,7 +98,7 @@ def _misses_something(pod: PodView) -> bool:
     return "not found" in said and ("persistentvolumeclaim" in said or "secret" in said)
 
 
-def tidy(s: Situation) -> Decision | None:
+def tidy(s: Situation) -> Plan | None:
     """Pods that hold no slot go: those above the target size, doubles, ended ones.
 
     Failed pods that the history names stay for their logs. No other may stay when the next
@@ -113,7 +113,7 @@ def tidy(s: Situation) -> Decision | None:
     stale = [slot.pod for slot in s.in_state("starting") if slot.pod and _avoids(s, slot.pod)]
     if not lost and not others and not stale:
         return None
-    return Decision(
+    return Plan(
         fence=tuple(p.uid for p in lost),
         deletes=(
             *(PodDelete(name=p.name, uid=p.uid, grace_s=0) for p in lost),
@@ -130,9 +130,9 @@ def _together(failure: Failure, count: int) -> Failure:
     return replace(failure, message=f"{failure.message} ({count} pods together)")
 
 
-def _forget(s: Situation, lost: tuple[Slot, ...]) -> Decision:
+def _forget(s: Situation, lost: tuple[Slot, ...]) -> Plan:
     pods = [slot.pod for slot in lost if slot.pod]
-    return Decision(
+    return Plan(
         fence=tuple(p.uid for p in pods),
         end_generation=_end_if_member(s, pods),
         deletes=tuple(PodDelete(name=p.name, uid=p.uid, grace_s=0) for p in pods),

@@ -1,7 +1,8 @@
 """What is going on, derived once per plan: which pod holds which slot, in which state.
 
-Rules read a `Situation` and answer with a `Decision`; neither holds anything that is not computed
-from the training, the caches and the coordinator's table.
+Rules read a `Situation` and answer with a `Plan` whose status holds only the facts that must last;
+nothing is in a situation that is not computed from the training, the caches and the coordinator's
+table.
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.status import DeepSeekTrainingStatus
 
 from deepseek_operator.core.model import (
-    Event,
     Gathering,
-    Manifest,
     Membership,
     MemberView,
     Observed,
-    PodDelete,
     PodView,
     Settings,
     Training,
@@ -57,25 +55,6 @@ class Slot:
     state: SlotState
     pod: PodView | None = None
     member: MemberView | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a rule wants: a `Plan` whose status holds only the facts that must last.
-
-    `status` None means that no such fact has changed.
-    """
-
-    status: DeepSeekTrainingStatus | None = None
-    membership: Membership | None = None
-    end_generation: int | None = None
-    fence: tuple[str, ...] = ()
-    creates: tuple[Manifest, ...] = ()
-    deletes: tuple[PodDelete, ...] = ()
-    delete_training: bool = False
-    stop: bool = False
-    events: tuple[Event, ...] = ()
-    requeue_after_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from deepseek_operator.core.conditions import (
 from deepseek_operator.core.failures import excluded_nodes
 from deepseek_operator.core.manifests import selector_labels
 from deepseek_operator.core.membership import SHRUNK
-from deepseek_operator.core.model import Membership, Training
-from deepseek_operator.core.situation import ALIVE, Decision, Situation
+from deepseek_operator.core.model import Membership, Plan, Training
+from deepseek_operator.core.situation import ALIVE, Situation
 from deepseek_operator.core.volumes import public_uri
 from deepseek_operator.core.words import eta_s, pod_problem, shortened, summary, waiting_for
 
@@ -45,7 +45,7 @@ class _Said:
     message: str = ""
 
 
-def report(s: Situation, decision: Decision) -> DeepSeekTrainingStatus:
+def report(s: Situation, decision: Plan) -> DeepSeekTrainingStatus:
     """The whole status after a decision."""
     current = _current(s, decision)
     after = decision.status or s.status
@@ -101,7 +101,7 @@ def refused(training: Training, now_s: float) -> DeepSeekTrainingStatus:
     )
 
 
-def _current(s: Situation, decision: Decision) -> Membership | None:
+def _current(s: Situation, decision: Plan) -> Membership | None:
     """The generation that runs once the decision is carried out."""
     if decision.membership:
         return decision.membership
