@@ -65,7 +65,6 @@ def running(size: int) -> tuple[Training, Observed]:
             state="running",
             generation=1,
             silent_s=0.5,
-            group_rank=slot,
             group_world_size=size,
         )
         for slot in range(size)

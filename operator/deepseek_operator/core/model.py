@@ -99,7 +99,6 @@ class NodeView:
 
     name: str
     ready: bool  # False for NotReady and Unknown
-    unschedulable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +114,7 @@ class MemberView:
     silent_s: float  # since its last beat or join
     address: str = ""
     port: int = 0
-    processes: int = 1
-    group_rank: int = 0
     group_world_size: int = 0
-    master_address: str = ""
-    master_port: int = 0
     waiting_s: float = 0.0  # since it asked to join; 0 unless joining
 
 

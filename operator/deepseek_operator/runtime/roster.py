@@ -67,11 +67,7 @@ class _Member:
     waiting_since_s: float = 0.0
     address: str = ""
     port: int = 0
-    processes: int = 1
-    group_rank: int = 0
     group_world_size: int = 0
-    master_address: str = ""
-    master_port: int = 0
 
     def view(self, now_s: float) -> MemberView:
         return MemberView(
@@ -84,11 +80,7 @@ class _Member:
             silent_s=max(0.0, now_s - self.heard_at_s),
             address=self.address,
             port=self.port,
-            processes=self.processes,
-            group_rank=self.group_rank,
             group_world_size=self.group_world_size,
-            master_address=self.master_address,
-            master_port=self.master_port,
             waiting_s=max(0.0, now_s - self.waiting_since_s) if self.state == "joining" else 0.0,
         )
 
@@ -143,7 +135,6 @@ class Roster:
         member.generation = member.joined_from = join.generation
         member.slot, member.node = join.slot, join.node
         member.address, member.port = join.address, join.port
-        member.processes = join.processes
         return Assignment()
 
     def beat(self, beat: Beat, now_s: float) -> Orders:
@@ -206,9 +197,8 @@ class Roster:
         """Make a generation current; its members get their places."""
         self.membership = membership
         self._ranks = {uid: rank for rank, uid in enumerate(membership.pod_uids)}
-        for uid, rank in self._ranks.items():
+        for uid in self._ranks:
             if uid in self._members:  # so that it is known even of a member that fails at once
-                self._members[uid].group_rank = rank
                 self._members[uid].group_world_size = len(membership.pod_uids)
         self.floor = max(self.floor, membership.generation)
         self.over_through = max(self.over_through, membership.generation - 1)
@@ -338,8 +328,7 @@ class Roster:
             self.changed = True
         member.state, member.generation = beat.state, beat.generation
         member.slot, member.node = beat.slot, beat.node
-        member.group_rank, member.group_world_size = beat.group_rank, beat.group_world_size
-        member.master_address, member.master_port = beat.master_address, beat.master_port
+        member.group_world_size = beat.group_world_size
 
     def _adopt(self, beat: Beat) -> None:
         """Count a rank of a generation formed before this table; take it over with the last."""

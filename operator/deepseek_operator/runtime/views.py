@@ -96,7 +96,6 @@ def node_view(stored: Object) -> NodeView:
     return NodeView(
         name=stored["metadata"]["name"],
         ready=any(c["type"] == "Ready" and c["status"] == "True" for c in conditions),
-        unschedulable=bool((stored.get("spec") or {}).get("unschedulable")),
     )
 
 

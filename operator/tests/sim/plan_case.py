@@ -71,12 +71,11 @@ class Case:
     def running(self, *slots, generation=1, attempt=1):
         """A generation of these slots is formed and at step 40."""
         self.started(*slots, attempt=attempt)
-        for rank, slot in enumerate(slots):
+        for slot in slots:
             self._member(
                 slot,
                 state="running",
                 generation=generation,
-                group_rank=rank,
                 group_world_size=len(slots),
             )
         members = tuple(self.pods[s].uid for s in slots)
