@@ -248,8 +248,8 @@ class Handler(RendezvousHandler):
 
     def _leave(self) -> None:
         self._stopping = True  # from here on a signal has nothing to stop
-        if self._program_done:
-            self._forwarder.flush(FLUSH_S)
+        if not self._membership.fenced:
+            self._forwarder.flush(FLUSH_S)  # the last step, saved by workers that were told to stop
         self._membership.leave()
 
     def _serve_metrics(self) -> None:
