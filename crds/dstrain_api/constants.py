@@ -39,6 +39,8 @@ ENV_METRICS_PORT: Final = "DSTRAIN_METRICS_PORT"  # 0: any free port (local runs
 # Environment of every worker process, set by the agent (torchrun) for one generation.
 ENV_GENERATION: Final = "DSTRAIN_GENERATION"
 ENV_REPORT_SOCKET: Final = "DSTRAIN_REPORT_SOCKET"  # unix datagram socket of the pod's agent
+ENV_FAILURE_INTERVAL: Final = "DSTRAIN_FAILURE_INTERVAL_S"  # Assignment.failure_interval_s
+ENV_LOCAL_DIR: Final = "DSTRAIN_LOCAL_DIR"  # folder of this pod that outlives worker processes
 
 METRICS_PORT: Final = 9400
 COORDINATOR_PORT: Final = 8080

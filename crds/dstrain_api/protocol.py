@@ -17,6 +17,7 @@ from dstrain_api.base import ApiModel
 
 Short = Annotated[str, Field(max_length=253)]
 
+HANG = "hang"  # fingerprint of processes that made no step for too long, and were ended
 PEER_LOST = "peer-lost"  # fingerprint of an error that the end of another worker has caused
 ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
 
@@ -55,6 +56,9 @@ class Assignment(ApiModel):
     group_world_size: int = 0
     master_address: str = ""
     master_port: int = 0
+    failure_interval_s: float = Field(
+        0.0, ge=0, description="Mean seconds between failures of this training; 0: not known."
+    )
 
 
 class Beat(ApiModel):
@@ -93,6 +97,8 @@ class ProgressReport(ApiModel):
     resumed_step: int | None = Field(
         None, description="Step this generation resumed from; 0 from scratch."
     )
+    skipped_steps: int = Field(0, ge=0, description="Steps without an update: bad gradients.")
+    rollbacks: int = Field(0, ge=0, description="Returns to a checkpoint because of bad numbers.")
 
 
 class ErrorReport(ApiModel):
@@ -102,6 +108,11 @@ class ErrorReport(ApiModel):
     exit_code: int
     message: ErrorText = ""
     fingerprint: Short = ""
+    failure_class: Literal["application", "outOfMemory", "configuration", "numeric"] = "application"
+    step: int = Field(0, ge=0, description="Last finished step of this pod's processes.")
+    stacks: Annotated[str, Field(max_length=1024)] = Field(
+        "", description="Folder with the stacks of a hanging pod's processes."
+    )
 
 
 class Report(ApiModel):
