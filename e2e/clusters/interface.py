@@ -79,6 +79,14 @@ class Cluster(ABC):
     def heal(self, node: str) -> None:
         """Plug the network cable in again."""
 
+    @abstractmethod
+    def pause_api_server(self) -> None:
+        """Hold the API server still: connections stay open and nothing is answered."""
+
+    @abstractmethod
+    def resume_api_server(self) -> None:
+        """Let it go on; return when it answers."""
+
     def drain(self, node: str, *, timeout_s: float = 120) -> None:
         """Cordon the node and evict its pods, as before maintenance; return when they are gone."""
         self.kubectl(

@@ -105,6 +105,23 @@ class KindCluster(Cluster):
     def heal(self, node: str) -> None:
         self._plug_in(node)
 
+    def pause_api_server(self) -> None:
+        self._signal_api_server("STOP")
+
+    def resume_api_server(self) -> None:
+        self._signal_api_server("CONT")
+        wait_until(self._answers, "the API server to answer", timeout_s=60)
+
+    def _signal_api_server(self, name: str) -> None:
+        command = ("docker", "exec", f"{self.name}-control-plane", "pkill", f"-{name}")
+        run(*command, "kube-apiserver")
+
+    def _answers(self) -> bool:
+        try:
+            return "ok" in self.kubectl("get", "--raw", "/readyz", timeout_s=5)
+        except ClusterError:
+            return False
+
     @property
     def _addresses(self) -> Path:
         return self._folder / "addresses"

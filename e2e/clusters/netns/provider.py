@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from e2e.clusters.netns import (
     storage,
 )
 from e2e.clusters.netns.plan import Plan
-from e2e.clusters.netns.processes import is_daemon, kill_all
+from e2e.clusters.netns.processes import find, is_daemon, kill_all
 from e2e.clusters.netns.state import State
 from e2e.clusters.shell import ClusterError, wait_until
 
@@ -176,6 +177,17 @@ class NetnsCluster(Cluster):
 
     def heal(self, node: str) -> None:
         network.plug_in(self._plan(), node)
+
+    def pause_api_server(self) -> None:
+        self._signal_api_server(signal.SIGSTOP)
+
+    def resume_api_server(self) -> None:
+        self._signal_api_server(signal.SIGCONT)
+        control_plane.wait_for_api_server(self._plan(), self._state)
+
+    def _signal_api_server(self, number: signal.Signals) -> None:
+        for process in find(lambda pid: is_daemon(pid, self._state.folder, "kube-apiserver")):
+            os.kill(process, number)
 
     def _plan(self) -> Plan:
         if not self._state.plan.exists():

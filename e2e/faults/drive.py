@@ -1,0 +1,98 @@
+"""Injects a plan's faults at their moments. The same on every stage."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from e2e.faults.plan import Fault, FaultPlan, Kind, Moment
+
+POLL_S = 0.05
+Status = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Version:
+    """The training's status as it was seen at `at_s` of this machine's monotonic clock."""
+
+    at_s: float
+    status: Status
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A fault as it happened, and the newest generation at that time."""
+
+    fault: Fault
+    at_s: float
+    generation: int
+
+
+class Stage(Protocol):
+    """Where a training runs and can be disturbed."""
+
+    def versions(self) -> list[Version]:
+        """Every status seen so far, oldest first."""
+
+    def inject(self, fault: Fault) -> float:
+        """Do it; the monotonic time at which it happened."""
+
+    def repair(self, fault: Fault, node: str) -> None:
+        """End a fault that lasts."""
+
+    def node_of(self, slot: int) -> str:
+        """Node of the living pod in a slot; empty if there is none now."""
+
+
+LASTING: frozenset[Kind] = frozenset({"power-off", "partition"})
+
+
+def drive(plan: FaultPlan, stage: Stage) -> list[Injection]:
+    """Inject every fault, in order, until the training has finished; what was injected.
+
+    A fault whose slot has no living pod waits for one. Nodes are repaired after their time, all of
+    them before this returns.
+    """
+    done: list[Injection] = []
+    repairs: list[threading.Timer] = []
+    began_s: float | None = None
+    try:
+        for fault in plan.faults:
+            while not _due(fault.at, stage.versions(), began_s) or not stage.node_of(fault.slot):
+                if _finished(stage.versions()):
+                    return done
+                if began_s is None and _running(stage.versions()):
+                    began_s = time.monotonic()
+                time.sleep(POLL_S)
+            node = stage.node_of(fault.slot)
+            generation = int(stage.versions()[-1].status.get("generation", 0))
+            done.append(Injection(fault, stage.inject(fault), generation))
+            if fault.kind in LASTING:
+                repair = threading.Timer(fault.lasts_seconds, stage.repair, (fault, node))
+                repair.start()
+                repairs.append(repair)
+    finally:
+        for repair in repairs:
+            repair.join()
+    return done
+
+
+def _due(at: Moment, versions: list[Version], began_s: float | None) -> bool:
+    if began_s is None:
+        return False
+    if at.seconds is not None:
+        return time.monotonic() >= began_s + at.seconds
+    status = versions[-1].status
+    if at.step is not None:
+        return int(status.get("progress", {}).get("step", 0)) >= at.step
+    return any(entry["reason"] == at.event for entry in status.get("history", []))
+
+
+def _running(versions: list[Version]) -> bool:
+    return any(v.status.get("phase") == "Running" for v in versions[-3:])
+
+
+def _finished(versions: list[Version]) -> bool:
+    return bool(versions) and versions[-1].status.get("phase") in ("Complete", "Failed")
