@@ -16,7 +16,7 @@ from typing import Any
 from e2e.clusters import images
 from e2e.clusters.interface import Cluster
 from e2e.clusters.providers import choose
-from e2e.clusters.shell import run
+from e2e.clusters.shell import run, wait_until
 
 CHART = Path(__file__).resolve().parent.parent / "charts" / "deepseek-operator"
 NAMESPACE = "dstrain-system"
@@ -32,14 +32,23 @@ class Release:
     name: str
 
     def pod(self) -> dict[str, Any]:
-        """The operator's running pod."""
-        selector = "app.kubernetes.io/name=deepseek-operator"
-        items = json.loads(
-            self.cluster.kubectl("-n", self.namespace, "get", "pods", "-l", selector, "-o", "json")
-        )["items"]
-        running = [p for p in items if p["status"]["phase"] == "Running"]
-        assert len(running) == 1, [p["metadata"]["name"] for p in items]
-        return dict(running[0])
+        """The pod of the operator that leads; there may be none for a moment."""
+        found: list[dict[str, Any]] = []
+
+        def leads() -> bool:
+            found[:] = self._leaders()
+            return bool(found)
+
+        wait_until(leads, "an operator that leads", timeout_s=30)
+        return found[0]
+
+    def _leaders(self) -> list[dict[str, Any]]:
+        """The pod whose name is in the Lease, unless it is being deleted."""
+        where = ("-n", self.namespace, "get", "--ignore-not-found", "-o", "json")
+        lease = self.cluster.kubectl(*where, "lease", f"{self.name}-deepseek-operator")
+        holder = json.loads(lease)["spec"].get("holderIdentity") if lease else ""
+        pod = json.loads(self.cluster.kubectl(*where, "pod", holder) or "{}") if holder else {}
+        return [pod] if pod and "deletionTimestamp" not in pod["metadata"] else []
 
 
 def build_and_load(cluster: Cluster) -> dict[str, str]:

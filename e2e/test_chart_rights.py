@@ -113,8 +113,14 @@ def test_the_operator_has_its_rights_in_every_namespace_and_no_others(
         ("patch", "deepseektrainings.dstrain.dev"),
         ("update", "nodes"),
         ("create", "deployments.apps"),
+        ("create", "leases.coordination.k8s.io"),
+        ("create", "endpointslices.discovery.k8s.io"),
     ):
         assert not may(server, verb, resource, "team"), (verb, resource)
+    for kind in ("leases.coordination.k8s.io", "endpointslices.discovery.k8s.io"):
+        assert may(server, "update", f"{kind}/{FULL_NAME}", NAMESPACE)
+        assert not may(server, "update", f"{kind}/another", NAMESPACE)
+        assert not may(server, "list", kind, NAMESPACE)
 
 
 @pytest.fixture
@@ -137,8 +143,8 @@ def operator(server: ApiServer, installed: None, tmp_path: Path) -> Iterator[Pat
 def operator_environment(server: ApiServer, folder: Path) -> dict[str, str]:
     """What the chart's Deployment sets, and the credentials of its account."""
     arguments = ("-n", NAMESPACE, "get", "deployment", FULL_NAME, "-o", "yaml")
-    pod = yaml.safe_load(server.kubectl(*arguments))["spec"]["template"]["spec"]
-    given = {e["name"]: e["value"] for e in pod["containers"][0]["env"] if "value" in e}
+    template = yaml.safe_load(server.kubectl(*arguments))["spec"]["template"]["spec"]
+    given = {e["name"]: e["value"] for e in template["containers"][0]["env"] if "value" in e}
     config = json.loads(server.kubeconfig.read_text())
     token = server.kubectl("-n", NAMESPACE, "create", "token", FULL_NAME).strip()
     config["users"][0]["user"]["token"] = token
@@ -147,7 +153,9 @@ def operator_environment(server: ApiServer, folder: Path) -> dict[str, str]:
     kubeconfig.write_text(json.dumps(config))
     listen = {"DSTRAIN_COORDINATOR_HOST": "127.0.0.1", "DSTRAIN_COORDINATOR_PORT": "0"}
     key = {"DSTRAIN_TOKEN_KEY": token_key(server).decode()}
-    return {**given, **listen, **key, "KUBECONFIG": str(kubeconfig)}
+    pod = {"NAME": "operator-1", "NAMESPACE": NAMESPACE, "IP": "10.244.0.1"}
+    fields = {f"DSTRAIN_POD_{name}": value for name, value in pod.items()}
+    return {**given, **listen, **key, **fields, "KUBECONFIG": str(kubeconfig)}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +191,10 @@ def test_these_rights_are_enough_to_begin_and_suspend_a_training(
     wait_until(
         lambda: "Suspended" in server.kubectl(*namespace, "get", "events"), "events", timeout_s=30
     )
+    holder = ("get", "lease", FULL_NAME, "-o", "jsonpath={.spec.holderIdentity}")
+    assert server.kubectl("-n", NAMESPACE, *holder) == "operator-1"
+    address = ("get", "endpointslice", FULL_NAME, "-o", "jsonpath={.endpoints[*].addresses}")
+    assert server.kubectl("-n", NAMESPACE, *address) == '["10.244.0.1"]'
     log = operator.read_text()
     assert "orbidden" not in log, log
 

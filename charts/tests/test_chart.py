@@ -66,7 +66,7 @@ def test_the_chart_is_clean_to_the_strict_linter() -> None:
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        ("replicas=2", "replicas"),
+        ("replicas=0", "replicas"),
         ("image.repo=x", "repo"),
         ("coordinator.port=high", "port"),
         ("watchNamespaces={Team_A}", "watchNamespaces"),
@@ -135,9 +135,52 @@ def test_the_operator_meets_the_restricted_pod_standard() -> None:
     assert not any("hostPath" in volume for volume in pod["volumes"])
 
 
-def test_one_operator_at_a_time() -> None:
-    spec = only(rendered(), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_replicas_are_spread_and_a_new_one_stands_by_before_an_old_one_ends() -> None:
+    manifests = rendered()
+    spec = only(manifests, "Deployment")["spec"]
+    assert spec["replicas"] == 2
+    assert spec["strategy"] == {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    affinity = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (wish,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert wish["podAffinityTerm"]["labelSelector"] == spec["selector"]
+    budget = only(manifests, "PodDisruptionBudget")["spec"]
+    assert (budget["selector"], budget["maxUnavailable"]) == (spec["selector"], 1)
+
+
+def test_a_single_replica_may_be_drained() -> None:
+    assert "PodDisruptionBudget" not in {m["kind"] for m in rendered("replicas=1")}
+
+
+def test_an_affinity_of_the_user_takes_the_place_of_ours() -> None:
+    spec = only(rendered("affinity.nodeAffinity.x=y"), "Deployment")["spec"]
+    assert spec["template"]["spec"]["affinity"] == {"nodeAffinity": {"x": "y"}}
+
+
+def test_the_leader_may_write_its_lease_and_its_route_and_no_others() -> None:
+    role = only(rendered(), "Role", f"{FULL_NAME}-leader")
+    assert role["metadata"]["namespace"] == NAMESPACE
+    limited = [rule for rule in role["rules"] if "resourceNames" in rule]
+    assert all(rule["resourceNames"] == [FULL_NAME] for rule in limited)
+    assert granted({"rules": limited}) == {
+        *(("leases", verb) for verb in ("get", "update")),
+        *(("endpointslices", verb) for verb in ("get", "update")),
+        ("services", "get"),
+    }
+    others = [rule for rule in role["rules"] if "resourceNames" not in rule]
+    assert granted({"rules": others}) == {("leases", "create"), ("endpointslices", "create")}
+
+
+def test_all_replicas_are_scraped() -> None:
+    manifests = rendered("monitoring.serviceMonitor=true")
+    selected = only(manifests, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    found = [
+        m
+        for m in manifests
+        if m["kind"] == "Service" and selected.items() <= m["metadata"]["labels"].items()
+    ]
+    assert [m["metadata"]["name"] for m in found] == [f"{FULL_NAME}-metrics"]
+    labels = only(manifests, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert found[0]["spec"]["selector"].items() <= labels.items()
 
 
 def test_workers_find_the_coordinator_by_its_service() -> None:
@@ -146,8 +189,9 @@ def test_workers_find_the_coordinator_by_its_service() -> None:
     assert environment(manifests)["DSTRAIN_COORDINATOR_URL"] == (
         f"http://{service['metadata']['name']}.{NAMESPACE}.svc:{service['spec']['ports'][0]['port']}"
     )
+    assert "selector" not in service["spec"], "the leader says where it leads to"
+    assert environment(manifests)["DSTRAIN_LEASE"] == service["metadata"]["name"]
     pod = only(manifests, "Deployment")["spec"]["template"]
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert pod["spec"]["containers"][0]["ports"] == [{"name": "http", "containerPort": 9999}]
 
 
@@ -199,7 +243,7 @@ def test_limited_to_namespaces_the_operator_sees_only_nodes_elsewhere() -> None:
     manifests = rendered("watchNamespaces={team-a,team-b}")
     everywhere = only(manifests, "ClusterRole", FULL_NAME)
     assert granted(everywhere) == {("nodes", verb) for verb in ("list", "watch")}
-    roles = [m for m in manifests if m["kind"] == "Role"]
+    roles = [m for m in manifests if m["kind"] == "Role" and m["metadata"]["name"] == FULL_NAME]
     assert [role["metadata"]["namespace"] for role in roles] == ["team-a", "team-b"]
     assert all(("pods", "create") in granted(role) for role in roles)
     bindings = [m for m in manifests if m["kind"] == "RoleBinding"]
@@ -230,7 +274,8 @@ def test_worker_pods_and_operator_are_scraped_when_asked() -> None:
     assert workers["podMetricsEndpoints"][0]["port"] == "metrics"
     endpoint = only(manifests, "ServiceMonitor")["spec"]["endpoints"][0]
     assert endpoint["honorLabels"] is True
-    assert endpoint["port"] == only(manifests, "Service")["spec"]["ports"][0]["name"]
+    service = only(manifests, "Service", f"{FULL_NAME}-metrics")
+    assert endpoint["port"] == service["spec"]["ports"][0]["name"]
 
 
 def test_dashboards_are_whole_when_asked_for() -> None:

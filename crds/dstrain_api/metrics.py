@@ -111,6 +111,12 @@ _RANK_ZERO = _exposed(
         "Steps whose update was skipped because the gradient was not finite.",
     ),
     Metric(
+        "dstrain_checkpoint_stall_seconds_total",
+        "counter",
+        "Time by which checkpoints and local copies have held up training.",
+        unit="seconds",
+    ),
+    Metric(
         "dstrain_checkpoint_last_step",
         "gauge",
         "Optimizer step of the last committed checkpoint.",
@@ -284,6 +290,11 @@ _OPERATOR = _exposed(
         "1, with the operator's versions as labels.",
         labels=("version", "python", "kopf"),
         unit="info",
+    ),
+    Metric(
+        "dstrain_operator_leader",
+        "gauge",
+        "1 while this replica of the operator holds the Lease and acts, 0 while it stands by.",
     ),
     Metric(
         "dstrain_operator_event_loop_lag_seconds",

@@ -23,6 +23,7 @@ from deepseek_operator.kube.port import ClusterError, NotFound
 from deepseek_operator.metrics import OperatorMetrics
 from deepseek_operator.runtime.controller import RESYNC_S, Controller
 from deepseek_operator.runtime.coordinator import Coordinator
+from deepseek_operator.runtime.election import Election
 from deepseek_operator.runtime.trainings import put_object, relist, remove_object
 from deepseek_operator.server import ServerThread, make_app
 from deepseek_operator.settings import Configuration, from_environment
@@ -41,13 +42,20 @@ def steady_clock() -> Callable[[], float]:
     return lambda: time.monotonic() + offset_s
 
 
+class LeadershipLost(Exception):
+    """Another replica may have acted: what this process knows is old."""
+
+
 class Operator:
-    """All parts, put together."""
+    """All parts, put together. One of several replicas stands by until it holds the Lease."""
 
     def __init__(self, configuration: Configuration, cluster: ApiCluster, metrics: OperatorMetrics):
         self._cluster = cluster
         self._namespaces = configuration.namespaces or ("",)
         self._listed = False
+        replica = configuration.replica
+        self._election = Election(cluster, replica) if replica else None
+        metrics.leading(self._leads)
         clock = steady_clock()
         coordinator = Coordinator(clock=clock)
         self.controller = Controller(
@@ -59,12 +67,14 @@ class Operator:
             jitter=random.random,
             namespaces=self._namespaces,
             metrics=metrics,
+            leads=self._leads,
         )
         app = make_app(
             coordinator,
             metrics=metrics.expose,
             unhealthy=self._unhealthy,
             unready=self._unready,
+            leads=self._leads,
         )
         self.server = ServerThread(
             app,
@@ -75,26 +85,51 @@ class Operator:
         )
 
     async def run(self, stopped: asyncio.Event) -> None:
-        """Work until `stopped`; then finish what is being done. Raises what a bug raises."""
+        """Work until `stopped`; then finish what is being done.
+
+        Raises LeadershipLost, and what a bug raises.
+        """
         self.server.start()
         log.info("listening on port %d", self.server.port)
-        controlling = asyncio.create_task(self.controller.run())
-        watching = asyncio.create_task(self._keep_watching())
         stopping = asyncio.create_task(stopped.wait())
         try:
-            await asyncio.wait(
-                [controlling, watching, stopping], return_when=asyncio.FIRST_COMPLETED
-            )
-            log.info("stopping: finishing what is being done")
-            self.controller.stop()
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
-            await controlling
+            if self._election:
+                await self._compete(self._election, stopping)
+            else:
+                await self._lead([stopping])
         finally:
             await asyncio.to_thread(self.server.stop)
             await self._cluster.close()
             log.info("stopped")
+
+    async def _compete(self, election: Election, stopping: asyncio.Task[Any]) -> None:
+        """Stand by, lead when elected, and give the Lease back at the end."""
+        campaigning = asyncio.create_task(election.run())
+        electing = asyncio.create_task(election.elected.wait())
+        await asyncio.wait([campaigning, electing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if electing.done() and not stopping.done():
+            routing = asyncio.create_task(election.keep_routed(self.server.port))
+            await self._lead([campaigning, routing, stopping])
+            await _ended(routing)
+        if campaigning.done():
+            await campaigning
+            raise LeadershipLost
+        await _ended(campaigning)
+        await election.release()
+
+    async def _lead(self, ends: Sequence[asyncio.Task[Any]]) -> None:
+        """Keep the trainings as they should be until one of these tasks ends."""
+        controlling = asyncio.create_task(self.controller.run())
+        watching = asyncio.create_task(self._keep_watching())
+        await asyncio.wait([controlling, watching, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if self._leads():
+            log.info("stopping: finishing what is being done")
+            self.controller.stop()
+        else:
+            controlling.cancel()  # what was begun is another one's to finish
+        await _ended(watching)
+        with suppress(asyncio.CancelledError):
+            await controlling
 
     async def _keep_watching(self) -> None:
         """Let kopf watch the trainings; list them now and then, and before each start of kopf.
@@ -140,14 +175,28 @@ class Operator:
                 return
 
     def _unready(self) -> Sequence[str]:
+        if self._election and not self._election.elected.is_set():
+            return self._election.unready
         unlisted = () if self._listed else ("the list of trainings is not complete yet",)
         return (*unlisted, *self.controller.unready)
 
+    def _leads(self) -> bool:
+        return self._election.leads if self._election else True
+
     def _unhealthy(self) -> Sequence[str]:
+        if self._election and (still := self._election.unhealthy):
+            return still
         late_s = self.controller.pulse.late_s
         if late_s > LOOP_LAG_LIMIT_S:
             return (f"the event loop is blocked for {late_s:.0f} s",)
         return self.controller.unhealthy
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for its end. Raises what a bug in it raised."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def _serve(configuration: Configuration) -> None:
@@ -183,7 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"dstrain-operator: {error}", file=sys.stderr)
         return 2
-    asyncio.run(_serve(configuration))
+    try:
+        asyncio.run(_serve(configuration))
+    except LeadershipLost:
+        log.error("another replica may lead: this one starts anew")  # noqa: TRY400 - no defect
+        return 1
     return 0
 
 

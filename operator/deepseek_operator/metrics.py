@@ -47,6 +47,7 @@ class OperatorMetrics:
         self._requests = self._counter("rest_client_requests_total")
         self._depth = self._gauge("workqueue_depth")
         self._built = self._gauge("dstrain_operator_build_info")
+        self._leader = self._gauge("dstrain_operator_leader")
         # A counter that starts with its first event would hide that event from `increase`.
         self._errors.labels(CONTROLLER)
         for end in ENDS:
@@ -60,6 +61,10 @@ class OperatorMetrics:
     def built(self, version: str, python: str, kopf: str) -> None:
         """Say what runs."""
         self._built.labels(version, python, kopf).set(1)
+
+    def leading(self, leads: Callable[[], bool]) -> None:
+        """Say at each scrape whether this replica acts."""
+        self._leader.set_function(lambda: float(leads()))
 
     def expose(self) -> bytes:
         """The exposition text."""

@@ -20,7 +20,7 @@ JSON body `{"detail": "..."}`:
     413  body too large
     422  body is not what the protocol says: a bug of the sender, do not repeat
     429  too many pods: ask again after `Retry-After` seconds
-    503  the server is stopping: ask again
+    503  this replica does not lead, or is stopping: ask again on a new connection
 
 An agent that gets no answer, 404, 429 or 5xx goes on as it is and asks again with back-off and
 jitter.
@@ -104,12 +104,14 @@ def make_app(
     metrics: Callable[[], bytes] = _no_metrics,
     unhealthy: Problems = _none,
     unready: Problems = _none,
+    leads: Callable[[], bool] = lambda: True,
     join_wait_s: float = JOIN_WAIT_S,
 ) -> FastAPI:
     """The application described above.
 
-    `metrics` gives the exposition text; `unhealthy` and `unready` give one sentence per problem.
-    All three are called in the server's thread.
+    `metrics` gives the exposition text; `unhealthy` and `unready` give one sentence per problem;
+    `leads` says whether this replica may answer for trainings. All are called in the server's
+    thread.
     """
     waiters = Waiters()
 
@@ -135,18 +137,30 @@ def make_app(
     ):
         app.add_exception_handler(error, _refusal(status, headers))
 
-    app.include_router(_workers(coordinator, waiters, join_wait_s))
+    app.include_router(_workers(coordinator, waiters, leads, join_wait_s))
     app.include_router(_watchers(metrics, unhealthy, unready))
     return app
 
 
-def _workers(coordinator: Coordinator, waiters: Waiters, join_wait_s: float) -> APIRouter:
+def _workers(
+    coordinator: Coordinator, waiters: Waiters, leads: Callable[[], bool], join_wait_s: float
+) -> APIRouter:
     """What agents call."""
     routes = APIRouter(prefix="/v1/trainings/{uid}")
 
+    def refuse_unless_leading() -> None:
+        if waiters.closed or not leads():
+            # A connection that is kept would lead here again, wherever the Service points to.
+            raise HTTPException(
+                503, "this replica does not lead: ask again", headers={"Connection": "close"}
+            )
+
     async def message(request: Request, uid: str, kind: type[Message]) -> Message:
+        refuse_unless_leading()
         _authenticate(coordinator, uid, request)
-        return _parse(kind, await _body(request))
+        body = await _body(request)
+        refuse_unless_leading()  # a body may take its time
+        return _parse(kind, body)
 
     @routes.post("/join")
     async def join(uid: str, request: Request) -> Response:
@@ -154,8 +168,7 @@ def _workers(coordinator: Coordinator, waiters: Waiters, join_wait_s: float) -> 
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + join_wait_s
         while True:
-            if waiters.closed:
-                raise HTTPException(503, "the server is stopping: ask again")
+            refuse_unless_leading()
             published = waiters.event(uid)
             place = coordinator.join(uid, asked)
             if place.generation:

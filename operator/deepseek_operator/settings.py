@@ -14,6 +14,11 @@ With a default:
     DSTRAIN_COORDINATOR_PORT      port to listen on; 8080
     DSTRAIN_TLS_CERT_FILE         certificate chain of the server (PEM); no TLS
     DSTRAIN_TLS_KEY_FILE          its key; both or none
+    DSTRAIN_LEASE                 name of the Service whose traffic goes to one of several replicas,
+                                  and of the Lease that this one holds; none: this is the only one
+    DSTRAIN_POD_NAME              with it: this replica's pod,
+    DSTRAIN_POD_NAMESPACE         the namespace of all of these,
+    DSTRAIN_POD_IP                and the address of the pod
     KUBECONFIG                    cluster to use from outside; the one this pod runs in
 """
 
@@ -27,6 +32,7 @@ from typing import Final
 from dstrain_api.constants import COORDINATOR_PORT, ENV_BEAT_INTERVAL
 
 from deepseek_operator.core.model import Settings
+from deepseek_operator.runtime.election import Replica
 
 SHORTEST_KEY: Final = 32  # characters; a token can be tried against the server, a key offline
 PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
@@ -43,6 +49,7 @@ class Configuration:
     port: int
     tls_cert: Path | None
     tls_key: Path | None
+    replica: Replica | None  # None: there are no others
 
 
 def from_environment(environment: Mapping[str, str]) -> Configuration:
@@ -64,6 +71,7 @@ def from_environment(environment: Mapping[str, str]) -> Configuration:
         namespaces=_names(environment, "DSTRAIN_WATCH_NAMESPACES"),
         host=environment.get("DSTRAIN_COORDINATOR_HOST", ""),
         port=_port(environment),
+        replica=_replica(environment),
         **_tls(environment),
     )
 
@@ -124,6 +132,17 @@ def _port(environment: Mapping[str, str]) -> int:
     if not text.isdigit() or int(text) > 65_535:
         raise ValueError(f"DSTRAIN_COORDINATOR_PORT is {text!r}: set it to a port, 0 to 65535")
     return int(text)
+
+
+def _replica(environment: Mapping[str, str]) -> Replica | None:
+    if not (service := environment.get("DSTRAIN_LEASE", "")):
+        return None
+    return Replica(
+        service=service,
+        namespace=_required(environment, "DSTRAIN_POD_NAMESPACE", "the namespace of this pod"),
+        pod=_required(environment, "DSTRAIN_POD_NAME", "the name of this pod"),
+        address=_required(environment, "DSTRAIN_POD_IP", "the address of this pod"),
+    )
 
 
 def _tls(environment: Mapping[str, str]) -> dict[str, Path | None]:

@@ -100,14 +100,14 @@ def test_a_status_write_leaves_the_generation_and_an_edit_of_the_spec_raises_it(
     assert cluster.get(TRAININGS, "team", "mini")["metadata"]["generation"] == 2
 
 
-def test_an_apply_replaces_the_spec_and_keeps_the_status(cluster):
-    made = now(cluster.create(training()))
-    version = made["metadata"]["resourceVersion"]
-    now(cluster.replace_status("team", "mini", resource_version=version, status={"attempt": 1}))
-    now(cluster.apply({**training(), "spec": {"suspend": True}}))
-    stored = cluster.get(TRAININGS, "team", "mini")
-    assert stored["spec"] == {"suspend": True}
-    assert stored["status"] == {"attempt": 1}
+def test_an_object_is_replaced_only_at_the_version_that_was_read(cluster):
+    now(cluster.create(pod("a")))
+    read = now(cluster.read(PODS, "team", "a"))
+    after = now(cluster.replace({**read, "spec": {"nodeName": "n1"}}))
+    assert cluster.get(PODS, "team", "a")["spec"] == {"nodeName": "n1"}
+    assert after["metadata"]["resourceVersion"] > read["metadata"]["resourceVersion"]
+    with pytest.raises(Conflict):
+        now(cluster.replace(read))
 
 
 def test_a_delete_with_another_uid_finds_nothing(cluster):

@@ -103,6 +103,7 @@ def test_join_waits_and_is_answered_when_its_generation_is_published(served: Ser
         "groupWorldSize": 1,
         "masterAddress": "10.0.0.1",
         "masterPort": 29500,
+        "failureIntervalS": 0.0,
     }
 
 

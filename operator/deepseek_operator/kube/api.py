@@ -1,4 +1,4 @@
-"""The real cluster: the six verbs on a Kubernetes API server, on plain dictionaries.
+"""The real cluster: the seven verbs on a Kubernetes API server, on plain dictionaries.
 
 `kubernetes.aio` gives configuration, credentials and connections; its models are not used, they
 cost ten times as much.
@@ -84,15 +84,17 @@ class ApiCluster:
         query = {"fieldManager": MANAGER}
         return await self._call("POST", _path(resource, namespace), query, body=manifest)
 
-    async def apply(self, manifest: Manifest) -> None:
-        """Make an object look like this by server-side apply. Raises Refused, ClusterError."""
-        await self._call(
-            "PATCH",
-            _path(*_named(manifest)),
-            {"fieldManager": MANAGER, "force": "true"},
-            body=manifest,
-            content_type="application/apply-patch+yaml",
-        )
+    async def read(self, resource: Resource, namespace: str, name: str) -> Object:
+        """An object as stored now. Raises NotFound, ClusterError."""
+        return await self._call("GET", _path(resource, namespace, name))
+
+    async def replace(self, manifest: Manifest) -> Object:
+        """Store an object whole, if it is still at the resourceVersion that the manifest names.
+
+        Raises Conflict, NotFound, Refused, ClusterError.
+        """
+        query = {"fieldManager": MANAGER}
+        return await self._call("PUT", _path(*_named(manifest)), query, body=manifest)
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, *, uid: str, grace_s: int | None = None
@@ -183,14 +185,11 @@ class ApiCluster:
         query: Mapping[str, str] | None = None,
         *,
         body: Manifest | None = None,
-        content_type: str = "application/json",
     ) -> Object:
         """One answer; when the server is too busy, ask again after the time it names."""
         try:
             for last in [False] * (THROTTLED_TRIES - 1) + [True]:
-                response = await self._request(
-                    method, path, query, body=body, content_type=content_type
-                )
+                response = await self._request(method, path, query, body=body)
                 async with response:
                     answer = await response.read()
                 if response.status < 400:
@@ -210,14 +209,13 @@ class ApiCluster:
         query: Mapping[str, str] | None,
         *,
         body: Manifest | None = None,
-        content_type: str = "application/json",
         timeout: aiohttp.ClientTimeout = CALL_TIMEOUT,  # noqa: ASYNC109 - per-phase limits
     ) -> aiohttp.ClientResponse:
         given = {key: value for key, value in (query or {}).items() if value}
         url = f"{self._api.configuration.host}{path}?{urlencode(given)}"
         headers = {
             "Accept": "application/json",
-            "Content-Type": content_type,
+            "Content-Type": "application/json",
             "User-Agent": MANAGER,
         }
         await self._api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)

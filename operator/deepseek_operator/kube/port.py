@@ -1,4 +1,4 @@
-"""What the operator needs of a cluster: six verbs on plain dicts, and five ways to fail.
+"""What the operator needs of a cluster: seven verbs on plain dicts, and five ways to fail.
 
 Three clusters stand behind this port: the real one (`kube.api`), one in memory for tests, and one
 whose pods are process groups on this machine (`local.cluster`). Nothing above it knows which.
@@ -52,9 +52,11 @@ SERVICES = Resource("v1", "services", "Service")
 SECRETS = Resource("v1", "secrets", "Secret")
 CLAIMS = Resource("v1", "persistentvolumeclaims", "PersistentVolumeClaim")
 EVENTS = Resource("v1", "events", "Event")
+LEASES = Resource("coordination.k8s.io/v1", "leases", "Lease")
+SLICES = Resource("discovery.k8s.io/v1", "endpointslices", "EndpointSlice")
 TRAININGS = Resource("dstrain.dev/v1alpha1", "deepseektrainings", "DeepSeekTraining")
 BY_KIND: Mapping[str, Resource] = {
-    r.kind: r for r in (PODS, NODES, SERVICES, SECRETS, CLAIMS, EVENTS, TRAININGS)
+    r.kind: r for r in (PODS, NODES, SERVICES, SECRETS, CLAIMS, EVENTS, LEASES, SLICES, TRAININGS)
 }
 
 
@@ -75,13 +77,19 @@ class WatchEvent:
 
 
 class Cluster(Protocol):
-    """The six verbs. Namespaces are those of the manifests; `namespace` "" means all."""
+    """The seven verbs. Namespaces are those of the manifests; `namespace` "" means all."""
 
     async def create(self, manifest: Manifest) -> dict[str, Any]:
         """Create an object as stored. Raises AlreadyExists, Refused, ClusterError."""
 
-    async def apply(self, manifest: Manifest) -> None:
-        """Make an object look like this by server-side apply. Raises Refused, ClusterError."""
+    async def read(self, resource: Resource, namespace: str, name: str) -> dict[str, Any]:
+        """An object as stored now. Raises NotFound, ClusterError."""
+
+    async def replace(self, manifest: Manifest) -> dict[str, Any]:
+        """Store an object whole, if it is still at the resourceVersion that the manifest names.
+
+        Raises Conflict, NotFound, Refused, ClusterError.
+        """
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, *, uid: str, grace_s: int | None = None

@@ -89,26 +89,19 @@ class MemoryCluster:
         self._collect_if_orphan(made)
         return _copied_object(made)
 
-    async def apply(self, manifest: Manifest) -> None:
-        """Create the object, or put the manifest's fields in place of those it has.
+    async def read(self, resource: Resource, namespace: str, name: str) -> Object:
+        """An object as stored now. Raises NotFound."""
+        return _copied_object(self.get(resource, namespace, name))
 
-        One manager is assumed, so each top-level field but metadata and status is replaced whole.
-        """
-        meta = manifest["metadata"]
-        key = _key(_resource(manifest), meta.get("namespace", ""), meta["name"])
-        if key not in self._objects:
-            await self.create(manifest)
-            return
-
-        def change(stored: Object) -> None:
-            for field, value in copied(dict(manifest)).items():
-                if field == "metadata":
-                    for part in ("labels", "annotations"):
-                        stored["metadata"].setdefault(part, {}).update(value.get(part, {}))
-                elif field != "status":
-                    stored[field] = value
-
-        self.edit(_resource(manifest), key[1], key[2], change)
+    async def replace(self, manifest: Manifest) -> Object:
+        """Store an object whole, at the resourceVersion it names. Raises Conflict, NotFound."""
+        resource, meta = _resource(manifest), manifest["metadata"]
+        stored = self.get(resource, meta["namespace"], meta["name"])
+        if stored["metadata"]["resourceVersion"] != meta["resourceVersion"]:
+            raise Conflict(f"{resource.plural} {meta['name']!r} has changed")
+        after = _copied_object(manifest)
+        self._store(_key(resource, meta["namespace"], meta["name"]), after, "MODIFIED")
+        return _copied_object(after)
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, *, uid: str, grace_s: int | None = None

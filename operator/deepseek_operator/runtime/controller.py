@@ -51,8 +51,8 @@ class Controller:
     """Reconciles the trainings given to `put` on `cluster`, until `stop`.
 
     `clock` gives seconds since the epoch, `jitter` a number in [0, 1). `namespaces` are those
-    whose pods are watched; "" is all of them. All methods belong to the event loop in which `run`
-    runs.
+    whose pods are watched; "" is all of them. `leads` says whether this process may act: while it
+    may not, nothing is decided. All methods belong to the event loop in which `run` runs.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Controller:
         jitter: Callable[[], float],
         namespaces: Collection[str] = ("",),
         metrics: OperatorMetrics | None = None,
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
         self.queue: KeyedQueue[Key] = KeyedQueue(jitter=jitter)
         self.metrics = metrics or OperatorMetrics()
@@ -80,6 +81,7 @@ class Controller:
         self._operator_key = operator_key
         self._clock = clock
         self._jitter = jitter
+        self._leads = leads
         self._keys: dict[str, Key] = {}  # by uid
         self._pods: dict[Key, dict[str, PodView]] = {}
         self._nodes: dict[str, NodeView] = {}
@@ -135,6 +137,8 @@ class Controller:
     @property
     def blind(self) -> str:
         """Why nothing can be decided at present; empty when all can be seen."""
+        if not self._leads():
+            return "the Lease could not be renewed, another replica may lead"
         if self.pulse.late_s > PAUSE_S:
             return "this process stood still"
         if unlisted := list(self._unlisted()):
@@ -147,6 +151,7 @@ class Controller:
     async def run(self) -> None:
         """Work until `stop`; then finish what is being done. Raises what a bug raises."""
         loop = asyncio.get_running_loop()
+        self._coordinator.listen()
 
         def tell(uid: str) -> None:
             loop.call_soon_threadsafe(self._news, uid)
@@ -288,6 +293,8 @@ class Controller:
         if lag_s > PAUSE_S:
             log.warning("stood still for %.1f s: nobody is taken for silent because of that", lag_s)
             self._coordinator.forgive(lag_s)
+        if not self._leads():  # pods are sent away, so they cannot be heard
+            self._coordinator.forgive(TICK_S)
         self._coordinator.tick()
         self.metrics.lagged(lag_s)
         self.unready = tuple(self._unlisted())

@@ -57,6 +57,11 @@ class Coordinator:
 
     # Called by the controller.
 
+    def listen(self) -> None:
+        """From now on pods can reach this coordinator: what was not heard before is unknown."""
+        with self._lock:
+            self._started_at_s = self._clock()
+
     def register(
         self, uid: str, *, generation: int, token: str, silence_s: float = DEFAULT_SILENCE_S
     ) -> None:
