@@ -19,7 +19,7 @@ NAME_LIMIT: Final = (
 HELP: Final[dict[str, str]] = {
     DURATION_PATTERN: "write a duration such as 500ms, 90s, 5m or 1h30m",
     QUANTITY_PATTERN: "write a quantity such as 500m, 2 or 10Gi",
-    AUTO_PATTERN: "write auto, or a number of ranks from 1",
+    AUTO_PATTERN: "write auto, or a whole number from 1",
     URI_PATTERN: "write file:///path, pvc://claim/path or builtin://name",
     FOLDER_PATTERN: "write pvc://claim/path or file:///path",
     RESOURCE_PATTERN: "write an extended resource as domain/name, such as rdma/ib",

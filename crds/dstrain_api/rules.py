@@ -307,6 +307,7 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
             "training.micro_batch",
             "optimizer",
             "checkpoint.every_steps",
+            "checkpoint.every_seconds",
             "fabric",
         )
     ),

@@ -28,7 +28,7 @@ def _quantity(value: object) -> int | str:
     raise ValueError(f"{value!r}: {HELP[QUANTITY_PATTERN]}; put it in quotes if it has a point")
 
 
-def _data_shard(value: object) -> int | Literal["auto"]:
+def _auto_or_count(value: object) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -55,9 +55,9 @@ Quantity = Annotated[
     PlainValidator(_quantity),
     WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 0, "maxLength": 32, "pattern": QUANTITY_PATTERN}),
 ]
-DataShard = Annotated[
+AutoOrCount = Annotated[
     int | Literal["auto"],
-    PlainValidator(_data_shard),
+    PlainValidator(_auto_or_count),
     WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 1, "maxLength": 4, "pattern": AUTO_PATTERN}),
 ]
 Template = Annotated[
@@ -148,7 +148,7 @@ class PrecisionSpec(ApiModel):
 class ParallelismSpec(ApiModel):
     """How one model is spread over the worker processes. tensor x dataReplicate x dataShard = processes."""
 
-    data_shard: DataShard = Field("auto", description="Ranks that share one copy of weights and moments (FSDP2); auto takes what the others leave. Default: auto. Example: 8.")
+    data_shard: AutoOrCount = Field("auto", description="Ranks that share one copy of weights and moments (FSDP2); auto takes what the others leave. Default: auto. Example: 8.")
     data_replicate: int = Field(1, ge=1, le=65_536, description="Copies of the sharded model (hybrid sharding). Default: 1. Example: 2.")
     tensor: int = Field(1, ge=1, le=64, description="Ranks that split each layer (tensor parallelism); divides heads, denseFfn and moe.ffn. Default: 1. Example: 2.")
 
@@ -211,7 +211,8 @@ class CheckpointSpec(ApiModel):
 
     uri: Annotated[str, Field(pattern=FOLDER_PATTERN, max_length=1024)] | None = Field(None, description="Folder shared by all workers: pvc://claim/path of an existing claim, or file:///path. Default: a claim <name>-checkpoints made from claim. Example: pvc://checkpoints/run-7.")
     claim: ClaimSpec = Field(default_factory=ClaimSpec, description="The claim made when uri is absent; it is deleted with the training. Default: {size: 10Gi}. Example: {size: 2Ti, storageClassName: nfs}.")
-    every_steps: int = Field(1000, ge=1, le=10**9, description="Steps between checkpoints. Default: 1000. Example: 200.")
+    every_steps: int = Field(1000, ge=1, le=10**9, description="Most steps between checkpoints: multiples of it are saved, or the first step after them at which the save before is written. Default: 1000. Example: 200.")
+    every_seconds: AutoOrCount = Field("auto", description="Most seconds between checkpoints; auto weighs what a save costs against how often this training fails (Daly's optimum), and never spends more than 1 % of the time on saves. Default: auto. Example: 600.")
     keep_last: int = Field(3, ge=2, le=1000, description="Newest checkpoints that are kept; at least two. Default: 3. Example: 5.")
     keep_every_steps: int = Field(0, ge=0, le=10**9, description="Checkpoints at multiples of this many steps are kept for ever; 0 keeps none. Default: 0. Example: 10000.")
 
@@ -224,10 +225,13 @@ class BudgetSpec(ApiModel):
 
 
 class BudgetsSpec(ApiModel):
-    """Budgets by class of failure. Voluntary disruptions are free."""
+    """Budgets by class of failure. Preemptions and what a person asked for are free."""
 
-    infrastructure: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=20, window="24h"), description="Lost nodes and evicted pods. Default: {max: 20, window: 24h}. Example: {max: 50, window: 24h}.")
-    application: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=3, window="1h"), description="Training processes that failed. Default: {max: 3, window: 1h}. Example: {max: 1, window: 1h}.")
+    infrastructure: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=20, window="24h"), description="Lost nodes, evicted pods, bad GPUs. Default: {max: 20, window: 24h}. Example: {max: 50, window: 24h}.")
+    application: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=3, window="1h"), description="Training processes that failed by themselves. Default: {max: 3, window: 1h}. Example: {max: 1, window: 1h}.")
+    out_of_memory: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=1, window="1h"), description="Workers that needed more memory than there is: seldom chance. Default: {max: 1, window: 1h}. Example: {max: 0, window: 1h}.")
+    configuration: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=0, window="1h"), description="Workers that cannot run as they are described; until the first step, also pods whose image or container cannot be had for 10 minutes. Default: {max: 0, window: 1h}. Example: {max: 2, window: 1h}.")
+    numeric: BudgetSpec = Field(default_factory=lambda: BudgetSpec(max=3, window="24h"), description="Programs that gave up because of bad numbers. Default: {max: 3, window: 24h}. Example: {max: 0, window: 1h}.")
 
 
 class RecoverySpec(ApiModel):

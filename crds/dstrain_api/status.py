@@ -9,7 +9,8 @@ from dstrain_api.base import ApiModel
 Text = Annotated[str, Field(max_length=4096)]
 
 Phase = Literal["Pending", "Starting", "Running", "Recovering", "Suspended", "Complete", "Failed"]
-FailureClass = Literal["infrastructure", "application", "configuration", "voluntary"]
+FailureClass = Literal["infrastructure", "preemption", "application", "outOfMemory", "configuration", "numeric", "voluntary"]
+FREE_CLASSES: frozenset[FailureClass] = frozenset({"preemption", "voluntary"})  # nobody's fault: they use no budget
 ConditionType = Literal[
     "Accepted", "Scheduled", "Running", "Progressing", "CheckpointCurrent", "Degraded", "Suspended", "Complete",
     "Failed", "Finished",
@@ -30,9 +31,24 @@ class Condition(ApiModel):
 class Restarts(ApiModel):
     """Failures since the training was created, by class. They never go down."""
 
-    infrastructure: int = Field(0, ge=0, description="Lost nodes and evicted pods. Default: 0. Example: 1.")
-    application: int = Field(0, ge=0, description="Failed training processes. Default: 0. Example: 2.")
+    infrastructure: int = Field(0, ge=0, description="Lost nodes, evicted pods, bad GPUs. Default: 0. Example: 1.")
+    preemption: int = Field(0, ge=0, description="Workers that gave way to others or whose node was taken away; they use no budget. Default: 0. Example: 1.")
+    application: int = Field(0, ge=0, description="Training processes that failed by themselves. Default: 0. Example: 2.")
+    out_of_memory: int = Field(0, ge=0, description="Workers that needed more memory than there is. Default: 0. Example: 1.")
+    configuration: int = Field(0, ge=0, description="Workers that cannot run as they are described. Default: 0. Example: 1.")
+    numeric: int = Field(0, ge=0, description="Programs that gave up because of bad numbers. Default: 0. Example: 1.")
     voluntary: int = Field(0, ge=0, description="Scales, drains and deletions by a person; they use no budget. Default: 0. Example: 1.")
+
+    @property
+    def counted(self) -> int:
+        """Failures of the classes that have a budget."""
+        by_class = self.model_dump(by_alias=True)
+        return sum(count for failure_class, count in by_class.items() if failure_class not in FREE_CLASSES)
+
+    def plus(self, failure_class: FailureClass) -> "Restarts":
+        """One more of this class."""
+        by_class = self.model_dump(by_alias=True)
+        return Restarts(**{**by_class, failure_class: by_class[failure_class] + 1})
 
 
 class HistoryEntry(ApiModel):
@@ -46,7 +62,10 @@ class HistoryEntry(ApiModel):
     node: str = Field("", max_length=253, description="Node of the failed worker. Default: empty. Example: gpu-7.")
     pod: str = Field("", max_length=253, description="Pod of the failed worker. Default: empty. Example: mini-1-3.")
     exit_code: int | None = Field(None, description="Exit code of the failed process, negative for a signal. Default: none. Example: -9.")
+    fingerprint: str = Field("", max_length=253, description="Tells one error of the program from another; empty where the program did not fail by itself. Default: empty. Example: ValueError-1f3a9c.")
+    stacks: str = Field("", max_length=1024, description="Folder with the stacks of all processes of a hang. Default: empty. Example: /mnt/dstrain/checkpoints/mini/stacks/g4.")
     from_step: int = Field(0, ge=0, description="Last step reached before the failure. Default: 0. Example: 140.")
+    committed_step: int = Field(0, ge=0, description="Newest committed step at that time. Default: 0. Example: 120.")
     resumed_step: int | None = Field(None, ge=0, description="Step of the checkpoint that the next generation resumed from. Default: none. Example: 120.")
     time: str = Field(max_length=64, description="When it was noticed, RFC 3339. Default: none. Example: 2026-11-21T12:00:00Z.")
     seconds: float | None = Field(None, ge=0, description="Seconds from notice to the next new step. Default: none until recovered. Example: 4.2.")

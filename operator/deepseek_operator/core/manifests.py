@@ -9,7 +9,7 @@ from dstrain_api import constants as names
 from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.status import DeepSeekTrainingStatus
 
-from deepseek_operator.core import fabric, failures, volumes, worker
+from deepseek_operator.core import fabric, nodes, volumes, worker
 from deepseek_operator.core.model import Manifest, Settings, Training
 from deepseek_operator.core.situation import Situation, pod_name
 from deepseek_operator.core.template import avoiding, merged
@@ -29,7 +29,7 @@ def gang(
 
     What they need is asked for each time: it then is there again if somebody has deleted it.
     """
-    avoid = failures.excluded_nodes(s, status)
+    avoid = nodes.excluded_nodes(s, status)
     pods = tuple(
         worker_pod(s.training, s.spec, s.settings, slot=i, attempt=status.attempt, avoid=avoid)
         for i in slots

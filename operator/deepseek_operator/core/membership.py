@@ -8,10 +8,10 @@ from dstrain_api.constants import EXIT_RESTART
 from dstrain_api.quantities import duration_s
 from dstrain_api.status import DeepSeekTrainingStatus
 
-from deepseek_operator.core import failures
+from deepseek_operator.core import evidence, failures
 from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.conditions import condition, holds, with_condition
-from deepseek_operator.core.failures import Failure
+from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
 from deepseek_operator.core.model import Membership, Plan, WorkerError
 from deepseek_operator.core.situation import ALIVE, Situation, Slot
@@ -24,11 +24,10 @@ def worker_errors(s: Situation) -> Plan | None:
     errors = _unaccounted_errors(s)
     if not errors or _verdict(s, errors) != "count":
         return None
-    failure = failures.of_worker_error(failures.root_cause(errors))
+    failure = evidence.worker_error(s, evidence.root_cause(errors))
     after = failures.record(s, failure, generation=errors[0].generation)
-    spent = failures.over_budget(s, failure, after)
-    if spent:
-        return Plan(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+    if last := failures.verdict(s, failure, after):
+        return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
     return Plan(status=after, end_generation=_ended_by(s, errors))
 
 
@@ -73,6 +72,7 @@ def form(s: Situation) -> Plan | None:
             pod_uids=tuple(m.pod_uid for m in members),
             master_address=members[0].address,
             master_port=members[0].port,
+            failure_interval_s=round(failures.failure_interval_s(s), 3),
         ),
     )
 
@@ -155,7 +155,7 @@ def _shrunk(s: Situation) -> bool:
 def _scaled(s: Situation) -> DeepSeekTrainingStatus | None:
     if s.accounted:
         return None
-    failure = failures.of_missing_pod(None, scaled=True)
+    failure = evidence.missing_pod(s, None, scaled=True)
     return failures.record(s, failure, generation=s.status.generation)
 
 
@@ -165,14 +165,14 @@ def _voluntary(s: Situation, current: Membership) -> DeepSeekTrainingStatus | No
         return None
     leaving = (*(slot.pod for slot in s.in_state("leaving") if slot.pod), *s.surplus)
     causes: list[Failure] = [
-        failures.of_missing_pod(pod, scaled=pod.slot >= s.desired)
+        evidence.missing_pod(s, pod, scaled=pod.slot >= s.desired)
         for pod in leaving
         if pod.deleting and pod.uid in current.pod_uids
     ]
     known = {p.uid for p in s.observed.pods}
     if not causes and any(uid not in known for uid in current.pod_uids):
         scaled = len(current.pod_uids) > s.desired
-        causes.append(failures.of_missing_pod(None, scaled=scaled))
+        causes.append(evidence.missing_pod(s, None, scaled=scaled))
     if not causes:
         return None
     cause = min(causes, key=lambda f: f.severity)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dstrain_api.protocol import ProgressReport
 from dstrain_api.spec import DeepSeekTrainingSpec
-from dstrain_api.status import DeepSeekTrainingStatus
+from dstrain_api.status import DeepSeekTrainingStatus, FailureClass
 
 Manifest = dict[str, Any]
 
@@ -81,10 +81,13 @@ class PodView:
     phase: str  # Pending, Running, Succeeded, Failed, Unknown
     deleting: bool
     created_at_s: float
+    scheduled_at_s: float = 0.0  # when it got its node; 0: not yet
     unschedulable: str = ""  # the scheduler's message while PodScheduled is False
     excluded_nodes: tuple[str, ...] = ()  # of its annotation: nodes it was made to avoid
     disrupted: str = ""  # reason of the DisruptionTarget condition, if any
     reason: str = ""  # status.reason, such as Evicted
+    message: str = ""  # status.message, which belongs to it
+    memory_limit: str = ""  # of the trainer container
     container: ContainerView = field(default_factory=ContainerView)
 
     @property
@@ -99,6 +102,8 @@ class NodeView:
 
     name: str
     ready: bool  # False for NotReady and Unknown
+    fault: str = ""  # what is broken on it, in its own words
+    leaving: str = ""  # the taint that says that it is about to be taken away
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,9 @@ class WorkerError:
     message: str
     fingerprint: str
     at_s: float
+    failure_class: FailureClass = "application"
+    step: int = 0  # last one that the pod's processes finished; 0: none, or not said
+    stacks: str = ""  # folder with the stacks of a hang
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +158,7 @@ class Membership:
     pod_uids: tuple[str, ...]  # by group rank
     master_address: str
     master_port: int
+    failure_interval_s: float = 0.0  # mean time between failures; 0: not known
 
 
 @dataclass(frozen=True, kw_only=True)

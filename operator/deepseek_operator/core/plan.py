@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
-from deepseek_operator.core import failures, lifecycle, membership, replacement, status
+from deepseek_operator.core import lifecycle, membership, nodes, replacement, status
 from deepseek_operator.core.conditions import condition
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
 from deepseek_operator.core.situation import Situation, survey
@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     lifecycle.begin,
     lifecycle.resume,
     replacement.account,
+    replacement.stillborn,
     replacement.fill,
     replacement.respawn,
     replacement.unblock,
@@ -69,7 +70,7 @@ def _composed(s: Situation, decision: Plan) -> Plan:
         _progress_wait_s(s, wait_s, written),
         s.heartbeat_timeout_s if s.doubt else None,
         membership.wait_s(s),
-        failures.exclusion_wait_s(s, after) if after.excluded_nodes else None,
+        nodes.exclusion_wait_s(s, after) if after.excluded_nodes else None,
     ]
     return replace(
         decision,

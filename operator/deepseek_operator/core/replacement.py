@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deepseek_operator.core import failures
-from deepseek_operator.core.failures import Failure
+from deepseek_operator.core import evidence, failures, nodes
+from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
 from deepseek_operator.core.manifests import gang, supporting
 from deepseek_operator.core.model import Plan, PodDelete, PodView
 from deepseek_operator.core.situation import Situation, Slot
+from deepseek_operator.core.words import pod_problem
 
 REFUSED_RETRY_S = 15.0
+START_GRACE_S = 600.0  # a registry may be away for a while; a name that is wrong stays so
 SUPPLY_RETRY_S = 10.0
 
 
@@ -33,9 +35,8 @@ def account(s: Situation) -> Plan | None:
         failure = _together(failure, len(news))
     after = failures.record(s, failure, generation=_ended_generation(s, news))
     after = after.model_copy(update={"attempt": after.attempt + 1})
-    spent = failures.over_budget(s, failure, after)
-    if spent:
-        return Plan(status=finish(s, after, "Failed", failure.reason, spent), stop=True)
+    if last := failures.verdict(s, failure, after):
+        return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
     forgotten = _forget(s, lost)
     return Plan(
         status=after,
@@ -44,6 +45,27 @@ def account(s: Situation) -> Plan | None:
         creates=gang(s, [slot.index for slot in failed], after),
         deletes=forgotten.deletes,
     )
+
+
+def stillborn(s: Situation) -> Plan | None:
+    """Before the first generation, what cannot be started for long is described wrongly.
+
+    Later it is an outage, and waited for.
+    """
+    if s.status.generation:
+        return None
+    waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
+    overdue = [p for p in waiting if 0 < p.scheduled_at_s < s.now_s - START_GRACE_S]
+    found = [(pod, problem) for pod in overdue if (problem := pod_problem(s, pod))]
+    if not found:
+        return None
+    failure = evidence.stillborn_pod(found[0][0], *found[0][1])
+    after = failures.record(s, failure, generation=0)
+    after = after.model_copy(update={"attempt": after.attempt + 1})
+    if last := failures.verdict(s, failure, after):
+        return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
+    deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in found)
+    return Plan(status=after, deletes=deletes)
 
 
 def fill(s: Situation) -> Plan | None:
@@ -123,7 +145,7 @@ def tidy(s: Situation) -> Plan | None:
 
 
 def _classify(s: Situation, pod: PodView) -> Failure:
-    return failures.of_failed_pod(pod) if pod.finished else failures.of_lost_pod(pod)
+    return evidence.failed_pod(s, pod) if pod.finished else evidence.lost_pod(pod)
 
 
 def _together(failure: Failure, count: int) -> Failure:
@@ -156,4 +178,4 @@ def _avoids(s: Situation, pod: PodView) -> bool:
     """Whether a pod finds no node because it was made to avoid one that is good again."""
     if pod.node or not pod.unschedulable:
         return False
-    return bool(set(pod.excluded_nodes) - set(failures.excluded_nodes(s, s.status)))
+    return bool(set(pod.excluded_nodes) - set(nodes.excluded_nodes(s, s.status)))

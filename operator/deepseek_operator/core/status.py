@@ -23,10 +23,10 @@ from deepseek_operator.core.conditions import (
     set_condition,
     with_condition,
 )
-from deepseek_operator.core.failures import excluded_nodes
 from deepseek_operator.core.manifests import selector_labels
 from deepseek_operator.core.membership import SHRUNK
 from deepseek_operator.core.model import Membership, Plan, Training
+from deepseek_operator.core.nodes import excluded_nodes
 from deepseek_operator.core.situation import ALIVE, Situation
 from deepseek_operator.core.volumes import public_uri
 from deepseek_operator.core.words import eta_s, pod_problem, shortened, summary, waiting_for

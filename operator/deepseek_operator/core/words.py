@@ -82,7 +82,6 @@ def _why(s: Situation, slot: Slot) -> str:
 def summary(s: Situation, status: DeepSeekTrainingStatus, message: str) -> Summary:
     """Texts for the printer columns."""
     p = status.progress
-    restarts = status.restarts.infrastructure + status.restarts.application
     share = f"{100 * p.step // p.total_steps}%" if p.total_steps else ""
     steps = f"{p.step}/{p.total_steps}" if p.total_steps else (str(p.step) if p.step else "")
     return Summary(
@@ -92,7 +91,7 @@ def summary(s: Situation, status: DeepSeekTrainingStatus, message: str) -> Summa
         mfu=f"{100 * p.mfu:.0f}%" if p.mfu is not None else "",
         eta=short_duration(p.eta_seconds) if p.eta_seconds is not None else "",
         workers=f"{status.workers.ready}/{status.workers.desired}",
-        restarts=str(restarts),
+        restarts=str(status.restarts.counted),
         loss=f"{p.loss:.3f}" if p.loss is not None else "",
         checkpoint=str(status.checkpoint.step) if status.checkpoint else "",
         message=shortened(message),

@@ -125,6 +125,7 @@ class Roster:
                 group_world_size=len(current.pod_uids),
                 master_address=current.master_address,
                 master_port=current.master_port,
+                failure_interval_s=current.failure_interval_s,
             )
         member = self._member(join, now_s)
         if member.state != "joining" or member.joined_from != join.generation:
@@ -367,6 +368,9 @@ class Roster:
             message=_readable(error.message),
             fingerprint=_readable(error.fingerprint),
             at_s=now_s,
+            failure_class=error.failure_class,
+            step=error.step,
+            stacks=_readable(error.stacks),
         )
         if any(replace(known, at_s=now_s) == entry for known in self._errors):
             return  # said again because the answer was lost

@@ -18,6 +18,7 @@ from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.status import DeepSeekTrainingStatus
 from pydantic import ValidationError
 
+from deepseek_operator.core import hardware
 from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.model import ContainerView, NodeView, PodView, Training
 
@@ -70,6 +71,7 @@ def pod_view(stored: Object) -> PodView | None:
     status = stored.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     disrupted = conditions.get("DisruptionTarget", {})
+    scheduled = conditions.get("PodScheduled", {})
     return PodView(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -82,10 +84,13 @@ def pod_view(stored: Object) -> PodView | None:
         phase=status.get("phase", "Pending"),
         deleting="deletionTimestamp" in meta,
         created_at_s=seconds(meta["creationTimestamp"]),
-        unschedulable=_unschedulable(conditions.get("PodScheduled", {})),
+        scheduled_at_s=_since(scheduled) if scheduled.get("status") == "True" else 0.0,
+        unschedulable=_unschedulable(scheduled),
         excluded_nodes=tuple(filter(None, excluded.split(","))),
         disrupted=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
         reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        memory_limit=_memory_limit(stored.get("spec") or {}),
         container=_container(status),
     )
 
@@ -93,9 +98,13 @@ def pod_view(stored: Object) -> PodView | None:
 def node_view(stored: Object) -> NodeView:
     """A node; one without a Ready condition, as right after its start, is not ready."""
     conditions = (stored.get("status") or {}).get("conditions") or ()
+    taints = (stored.get("spec") or {}).get("taints") or ()
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return NodeView(
         name=stored["metadata"]["name"],
-        ready=any(c["type"] == "Ready" and c["status"] == "True" for c in conditions),
+        ready=ready and not hardware.is_off(taints),
+        fault=hardware.fault(conditions, taints),
+        leaving=hardware.leaving(taints),
     )
 
 
@@ -109,6 +118,19 @@ def _spec(stored: Object) -> tuple[DeepSeekTrainingSpec | None, str]:
         return validate(stored), ""
     except InvalidSpec as error:
         return None, str(error)
+
+
+def _since(condition: Object) -> float:
+    changed = condition.get("lastTransitionTime")
+    return seconds(changed) if changed else 0.0
+
+
+def _memory_limit(spec: Object) -> str:
+    trainer: Object = next(
+        (c for c in spec.get("containers") or () if c["name"] == TRAINER_CONTAINER), {}
+    )
+    limits = (trainer.get("resources") or {}).get("limits") or {}
+    return str(limits.get("memory", ""))
 
 
 def _unschedulable(condition: Object) -> str:

@@ -131,7 +131,9 @@ class Case:
         self.spec = {**self.spec, **spec}
         return self
 
-    def error(self, slot, exit_code=1, ago_s=1.0, message="ValueError: no", fingerprint="f"):
+    def error(
+        self, slot, exit_code=1, ago_s=1.0, message="ValueError: no", fingerprint="f", **facts
+    ):
         pod = self.pods[slot]
         found = WorkerError(
             pod=pod.name,
@@ -142,6 +144,7 @@ class Case:
             message=message,
             fingerprint=fingerprint,
             at_s=self.now_s - ago_s,
+            **facts,
         )
         return self.knows(errors=(*self.gathering.errors, found))
 

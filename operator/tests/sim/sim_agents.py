@@ -13,6 +13,7 @@ from deepseek_operator.runtime.coordinator import (
 )
 from dstrain_api.constants import EXIT_RESTART, LABEL_SLOT
 from dstrain_api.protocol import (
+    PEER_LOST,
     Beat,
     Commit,
     ErrorReport,
@@ -23,6 +24,14 @@ from dstrain_api.protocol import (
 from sim_cluster import exit_status
 
 COMMIT_EVERY = 8  # steps
+
+
+def _peer_lost() -> ErrorReport:
+    return ErrorReport(local_rank=0, exit_code=1, message="reset by peer", fingerprint=PEER_LOST)
+
+
+def _restart() -> ErrorReport:
+    return ErrorReport(local_rank=0, exit_code=EXIT_RESTART)
 
 
 @dataclass
@@ -39,7 +48,7 @@ class Agent:
     rank: int = 0
     world: int = 0
     master: str = ""
-    broken: int | None = None  # its workers have ended, with this code
+    broken: ErrorReport | None = None  # how its workers have ended
     terminating: bool = False
     ended: dict[str, Any] | None = None  # the pod's status once its container has ended
     port: int = 1000
@@ -75,7 +84,7 @@ class Agents:
         """The pod's processes are gone, without a word."""
         agent = self.by_uid.pop(uid, None)
         if agent and agent.state == "running":
-            self._break_peers(agent, 1)
+            self._break_peers(agent, _peer_lost())
 
     def end(self, uid: str, status: dict[str, Any]) -> None:
         """The pod's container ends by itself, with this pod status."""
@@ -83,7 +92,7 @@ class Agents:
         if agent.ended is None:
             agent.ended = status
             if agent.state == "running":
-                self._break_peers(agent, 1)
+                self._break_peers(agent, _peer_lost())
 
     def terminate(self, uid: str) -> None:
         """SIGTERM: all workers save at one step, and this pod leaves."""
@@ -92,7 +101,7 @@ class Agents:
             return
         agent.terminating = True
         if agent.state == "running":
-            self._break_peers(agent, EXIT_RESTART)
+            self._break_peers(agent, _restart())
 
     def exit_of(self, uid: str) -> dict[str, Any] | None:
         agent = self.by_uid.get(uid)
@@ -100,25 +109,28 @@ class Agents:
             return exit_status(137, why="ContainerStatusUnknown")
         return agent.ended
 
-    def fail_worker(self, uid: str, code: int) -> None:
-        """A training process of the pod dies."""
+    def fail_worker(self, uid: str, error: ErrorReport) -> bool:
+        """A training process of the pod dies; False if none runs."""
         agent = self.by_uid[uid]
-        if agent.state == "running" and agent.ended is None and agent.broken is None:
-            agent.broken = code
-            self._break_peers(agent, 1)
+        if agent.state != "running" or agent.ended is not None or agent.broken is not None:
+            return False
+        step = self.steps.get((agent.training_uid, agent.generation), 0)
+        agent.broken = error.model_copy(update={"step": step})
+        self._break_peers(agent, _peer_lost())
+        return True
 
     def tick(self) -> None:
         for agent in list(self.by_uid.values()):
             if agent.ended is None:
                 self._live(agent)
 
-    def _break_peers(self, agent: Agent, code: int) -> None:
+    def _break_peers(self, agent: Agent, error: ErrorReport) -> None:
         """Whoever can notice that a peer is gone sees its connections break."""
         if not self.reachable(agent.node):
             return
         for peer in self._peers(agent):
             if peer is not agent and self.reachable(peer.node) and peer.broken is None:
-                peer.broken = code
+                peer.broken = error
 
     def _peers(self, agent: Agent) -> list[Agent]:
         return [
@@ -147,8 +159,7 @@ class Agents:
             coordinator.beat(agent.training_uid, self._beat(agent, "leaving"))
             return
         if agent.broken is not None:
-            error = ErrorReport(local_rank=0, exit_code=agent.broken, message="boom")
-            report = Report(pod_uid=agent.uid, generation=agent.generation, error=error)
+            report = Report(pod_uid=agent.uid, generation=agent.generation, error=agent.broken)
             coordinator.report(agent.training_uid, report)
             agent.broken = None
             agent.state = "joining"
@@ -160,7 +171,7 @@ class Agents:
             agent.ended = exit_status(0)
         elif agent.state == "running" and orders.generation != agent.generation:
             agent.state = "joining"
-            self._break_peers(agent, EXIT_RESTART)
+            self._break_peers(agent, _restart())
         elif agent.state == "running":
             self._step(agent, coordinator)
         elif agent.state == "done":

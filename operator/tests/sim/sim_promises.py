@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from deepseek_operator.core.situation import desired_replicas
 from deepseek_operator.kube.port import PODS, TRAININGS, Resource, WatchEvent
 from deepseek_operator.local.memory import TERMINAL_PHASES
 from dstrain_api.constants import LABEL_SLOT
-from dstrain_api.status import DeepSeekTrainingStatus
+from dstrain_api.status import FREE_CLASSES, DeepSeekTrainingStatus
 from sim_world import SETTINGS, World
 
 REST_TICK_S = 2.0
@@ -25,8 +26,7 @@ class Promises:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.application_faults = 0
-        self.infrastructure_faults = 0
+        self.faults: Counter[str] = Counter()  # that happened, by class
         self.blurred = False  # a cache of pods has lagged: silence came before its reason
         self._broken: list[str] = []
         self._last: dict[str, Any] = {}  # status
@@ -105,7 +105,7 @@ class Promises:
         said = f"{status.phase}: {status.summary.message}"
         if status.phase in ("Complete", "Failed"):
             assert not living, f"{said}, and pods still run"
-            self._check_reason(status, training.spec.recovery.budgets)
+            self._check_reason(status, training.spec.recovery.budgets.model_dump(by_alias=True))
         elif training.spec.suspend:
             assert status.phase == "Suspended", said
             assert not living, f"{said}, and pods still run"
@@ -133,12 +133,16 @@ class Promises:
     def _check_reason(self, status: DeepSeekTrainingStatus, budgets: Any) -> None:
         if status.phase != "Failed":
             return
-        spent = [
-            kind
-            for kind in ("application", "infrastructure")
-            if len(status.failures.get(kind, ())) > getattr(budgets, kind).max
-        ]
-        assert spent, "failed although no budget is spent"
+        reason = next(c.reason for c in status.conditions if c.type == "Failed")
+        if reason == "RepeatedError":
+            errors = Counter((h.fingerprint, h.from_step) for h in status.history if h.fingerprint)
+            assert max(errors.values()) > 1, "failed for an error that came only once"
+        elif reason == "NoProgress":
+            own = status.restarts.counted - status.restarts.infrastructure
+            assert own >= 3, f"no progress in {own} generations of its own fault"
+        else:
+            spent = [k for k, times in status.failures.items() if len(times) > budgets[k]["max"]]
+            assert spent, "failed although no budget is spent"
 
     def _changed(self, resource: Resource, event: WatchEvent) -> None:
         if resource == PODS and event.type == "ADDED":
@@ -172,6 +176,9 @@ class Promises:
         for kind, count in before["restarts"].items():
             if after["restarts"][kind] < count:
                 self._broken.append(f"restarts.{kind} went down from {count}")
+        for kind, times in before["failures"].items():  # a history is shorter than any window
+            if len(after["failures"][kind]) < len(times):
+                self._broken.append(f"the budget of {kind} has grown again")
         if before["phase"] in ("Complete", "Failed") and after["phase"] != before["phase"]:
             self._broken.append(f"{before['phase']} became {after['phase']}")
         if not self.blurred:
@@ -179,15 +186,16 @@ class Promises:
 
     def _check_classes(self, after: dict[str, Any]) -> None:
         restarts = after["restarts"]
-        for kind, faults in (
-            ("application", self.application_faults),
-            ("infrastructure", self.infrastructure_faults),
-        ):
-            if restarts[kind] and not faults:
+        for kind, count in restarts.items():
+            if count and kind != "voluntary" and not self.faults[kind]:
                 last = after["history"][-1]
                 self._broken.append(f"a failure of class {kind} that never was: {last}")
-        if restarts["application"] > self.application_faults:
-            self._broken.append(f"{self.application_faults} faults, counted {restarts}")
+            if kind in ("application", "numeric", "configuration") and count > self.faults[kind]:
+                self._broken.append(f"{self.faults[kind]} faults, counted {restarts}")
+        if after["phase"] == "Failed" and not sum(
+            count for kind, count in restarts.items() if kind not in FREE_CLASSES
+        ):
+            self._broken.append("failed by what is free")
 
     def _publishing(self, uid: str, membership: Membership) -> None:
         operator, stored = self.world.operator, self.world.stored

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from deepseek_operator.kube.port import NODES, PODS, TRAININGS
 from deepseek_operator.local.memory import TERMINAL_PHASES
+from dstrain_api.protocol import HANG, ErrorReport
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,6 +34,24 @@ NODE_NAMES = ("n0", "n1", "n2")
 slots = st.integers(0, 2)
 nodes = st.sampled_from(NODE_NAMES)
 ticks = st.sampled_from([0, 1, 2, 9, 16])  # that pass after something has happened
+errors = st.one_of(
+    st.just(ErrorReport(local_rank=0, exit_code=-9, fingerprint="signal-9")),
+    st.builds(
+        lambda **facts: ErrorReport(local_rank=0, **facts),
+        exit_code=st.sampled_from([1, -11]),
+        fingerprint=st.sampled_from(["a", "b", "c", HANG]),
+        failure_class=st.sampled_from(
+            [*["application"] * 4, "outOfMemory", "numeric", "configuration"]
+        ),
+    ),
+)
+# How a pod ends by itself: its class, and what its status says then.
+ENDS = {
+    "error": ("application", exit_status(1)),
+    "oom": ("outOfMemory", exit_status(137, why="OOMKilled")),
+    "evicted": ("infrastructure", evicted_status()),
+    "node shutdown": ("preemption", exit_status(143, reason="Terminated")),
+}
 
 
 class Histories(RuleBasedStateMachine):
@@ -44,7 +63,7 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         replicas=st.integers(1, 3),
         elastic=st.booleans(),
-        application=st.integers(0, 3),
+        own=st.integers(0, 5),
         infrastructure=st.integers(1, 4),
         total_steps=st.sampled_from([10**9, 10**9, 10**9, 10**9, 60]),
         ticks=st.sampled_from([12, 0, 4]),
@@ -53,12 +72,12 @@ class Histories(RuleBasedStateMachine):
         self,
         replicas: int,
         elastic: bool,
-        application: int,
+        own: int,
         infrastructure: int,
         total_steps: int,
         ticks: int,
     ) -> None:
-        self.spec = _spec(replicas, elastic, application, infrastructure)
+        self.spec = _spec(replicas, elastic, own, infrastructure)
         self.world = World(self.spec, nodes=len(NODE_NAMES))
         self.world.agents.total_steps = total_steps
         self.promises = Promises(self.world)
@@ -116,22 +135,19 @@ class Histories(RuleBasedStateMachine):
 
     # What runs.
 
-    @rule(slot=slots, code=st.sampled_from([1, -9]), after=ticks)
-    def a_worker_process_dies(self, slot: int, code: int, after: int) -> None:
+    @rule(slot=slots, error=errors, after=ticks)
+    def a_worker_process_dies(self, slot: int, error: ErrorReport, after: int) -> None:
         for pod in self._alive(slot):
-            self.promises.application_faults += 1
-            self.world.agents.fail_worker(pod["metadata"]["uid"], code)
+            if self.world.agents.fail_worker(pod["metadata"]["uid"], error):
+                self.promises.faults[error.failure_class] += 1
+                self.promises.faults["infrastructure"] += 1  # if only its peers can tell of it
         self._pass(after)
 
-    @rule(slot=slots, how=st.sampled_from(["error", "oom", "evicted"]), after=ticks)
+    @rule(slot=slots, how=st.sampled_from(sorted(ENDS)), after=ticks)
     def a_pod_fails(self, slot: int, how: str, after: int) -> None:
         for pod in self._alive(slot):
-            if how == "evicted":
-                self.promises.infrastructure_faults += 1
-                status = evicted_status()
-            else:
-                self.promises.application_faults += 1
-                status = exit_status(137, why="OOMKilled") if how == "oom" else exit_status(1)
+            kind, status = ENDS[how]
+            self.promises.faults[kind] += 1
             self.world.agents.end(pod["metadata"]["uid"], status)
         self._pass(after)
 
@@ -155,13 +171,13 @@ class Histories(RuleBasedStateMachine):
 
     @rule(node=nodes, powered=st.booleans(), after=ticks)
     def power(self, node: str, powered: bool, after: int) -> None:
-        self.promises.infrastructure_faults += 1
+        self.promises.faults["infrastructure"] += 1
         self.world.kubelets.set_reachable(node, powered=powered)
         self._pass(after)
 
     @rule(node=nodes, connected=st.booleans(), after=ticks)
     def network(self, node: str, connected: bool, after: int) -> None:
-        self.promises.infrastructure_faults += 1
+        self.promises.faults["infrastructure"] += 1
         self.world.kubelets.set_reachable(node, connected=connected)
         self._pass(after)
 
@@ -251,14 +267,17 @@ class Histories(RuleBasedStateMachine):
         return [p for p in self._pods(slot) if p["metadata"]["uid"] in agents]
 
 
-def _spec(replicas: int, elastic: bool, application: int, infrastructure: int) -> dict[str, Any]:
+def _spec(replicas: int, elastic: bool, own: int, infrastructure: int) -> dict[str, Any]:
+    of_its_own = {"max": own, "window": "1h"}
     spec: dict[str, Any] = {
         "entrypoint": {"module": "program"},
         "workers": {"replicas": replicas},
         "recovery": {
             "heartbeatTimeout": f"{HEARTBEAT_TIMEOUT_S:g}s",
             "budgets": {
-                "application": {"max": application, "window": "1h"},
+                "application": of_its_own,
+                "outOfMemory": of_its_own,
+                "numeric": of_its_own,
                 "infrastructure": {"max": infrastructure, "window": "1h"},
             },
         },

@@ -54,7 +54,7 @@ def closing(status: DeepSeekTrainingStatus, story: Story, *, checkpoints: str, l
     if progress.tokens:
         lines.append(f"  tokens       {progress.tokens:,}")
     lines.append(f"  time         {story.seconds:.0f} s")
-    restarts = status.restarts.infrastructure + status.restarts.application
+    restarts = status.restarts.counted
     if restarts:
         costs = [e.seconds for e in status.history if e.seconds is not None]
         slowest = f", the slowest took {max(costs):.1f} s" if costs else ""
