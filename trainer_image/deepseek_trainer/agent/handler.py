@@ -53,12 +53,13 @@ from torch.distributed.run import determine_local_world_size, parse_args
 
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
 from deepseek_trainer.agent.errors import WorkerFailure, report_of
+from deepseek_trainer.agent.forks import ForkServer
 from deepseek_trainer.agent.home import agent_home
 from deepseek_trainer.agent.membership import Identity, Membership
 from deepseek_trainer.agent.metrics import AgentMetrics, serve
 from deepseek_trainer.agent.nvml import add_gpus
 from deepseek_trainer.agent.reports import Forwarder, ReportSocket, WorkerReport
-from deepseek_trainer.agent.workers import watch_workers
+from deepseek_trainer.agent.workers import fork_workers, watch_workers
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Handler(RendezvousHandler):
     """One pod's rendezvous, from the start of its agent to the end."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
+        fork_workers(ForkServer())  # first of all: it imports while this pod joins
         self._run_id = parameters.run_id
         self._stopping = False
         self._program_done = False

@@ -2,7 +2,9 @@
 
 torchrun tells a rendezvous handler nothing of its workers: no event of a failed worker that will
 be started again, no word of the end. So this module stands in two methods of torch's `PContext`
-(the processes of one generation):
+(the processes of one generation), and in the one that starts a process:
+
+- `_popen`: a worker is a fork of the pod's fork server, where that can do it.
 
 - `wait`: its result says which local ranks failed with which code, or that all have finished.
 - `close`: torchrun sends SIGTERM and waits up to 30 s for the rest of a broken generation. A rank
@@ -15,13 +17,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch.distributed.elastic.multiprocessing.api import PContext, RunProcsResult
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from deepseek_trainer.agent.errors import WorkerFailure
+from deepseek_trainer.agent.forks import ForkServer, RankProcess
+from deepseek_trainer.agent.home import agent_home
 from deepseek_trainer.agent.logs import TAILS
 
 
@@ -63,6 +69,29 @@ def watch_workers(watcher: Watcher) -> None:
 
     PContext.wait = watched_wait  # type: ignore[method-assign]
     PContext.close = watched_close  # type: ignore[method-assign]
+
+
+def fork_workers(server: ForkServer) -> None:
+    """Start worker processes as forks of `server`, from now on."""
+    start = SubprocessHandler._popen
+
+    def forked(
+        self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]
+    ) -> subprocess.Popen[Any] | RankProcess:
+        rank = server.fork(
+            args,
+            env,
+            (
+                0,
+                self._stdout.fileno() if self._stdout else 1,
+                self._stderr.fileno() if self._stderr else 2,
+            ),
+            title=f"dstrain-rank-{self.local_rank_id}",
+            stacks=agent_home() / f"stacks-{self.local_rank_id}",
+        )
+        return rank or start(self, args, env)
+
+    SubprocessHandler._popen = forked  # type: ignore[method-assign, assignment]
 
 
 def _failures(result: RunProcsResult, killed: set[int]) -> list[WorkerFailure]:
