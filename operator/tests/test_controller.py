@@ -75,6 +75,7 @@ class Bench:
         loop = asyncio.get_running_loop()
         self.cluster = FlakyCluster(clock=loop.time)
         self.watching = True
+        self.leads = True
         self.cluster.observe(self._observed)
         for name in ("node-0", "node-1"):
             self.cluster.put_node(name)
@@ -93,6 +94,7 @@ class Bench:
             operator_key=b"key",
             clock=loop.time,
             jitter=lambda: 1.0,
+            leads=lambda: self.leads,
         )
         self._task = asyncio.create_task(self.controller.run())
         if not self.cluster.away:
@@ -310,6 +312,29 @@ def test_while_the_api_server_is_away_nothing_is_decided_and_silence_is_forgiven
             assert bench.controller.blind == ""
             assert bench.status["generation"] == 1
             assert [p["metadata"]["name"] for p in bench.pods()] == ["mini-0-1", "mini-1-1"]
+
+    run_in_fake_time(main())
+
+
+def test_who_does_not_lead_decides_nothing_and_takes_nobody_for_silent(
+    run_in_fake_time: Run,
+) -> None:
+    async def main() -> None:
+        bench = Bench()
+        async with bench.operator():
+            await bench.start()
+            bench.leads = False
+            writes = bench.cluster.writes
+            victim = bench.pods()[1]["metadata"]
+            await bench.cluster.delete(PODS, "team", victim["name"], uid=victim["uid"], grace_s=0)
+            await asyncio.sleep(60)  # pods are sent away, so nobody is heard
+            assert "Lease" in bench.controller.blind
+            assert bench.cluster.writes == writes
+            bench.leads = True
+            await asyncio.sleep(3)
+            assert len(bench.pods()) == 2
+            reasons = [entry["reason"] for entry in bench.status["history"]]
+            assert reasons == ["PodDeleted"], "the other was not silent"
 
     run_in_fake_time(main())
 

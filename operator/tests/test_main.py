@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from deepseek_operator.logs import KeyValueFormatter
 from deepseek_operator.main import main
+from deepseek_operator.runtime.election import Replica
 from deepseek_operator.settings import from_environment
 
 COMPLETE = {
@@ -55,9 +56,17 @@ def test_everything_set(tmp_path: Path) -> None:
     assert configuration.settings.coordinator_ca == cert.read_text()
 
 
+def test_one_of_several_replicas_knows_its_pod() -> None:
+    pod = {"DSTRAIN_POD_NAME": "op-1", "DSTRAIN_POD_NAMESPACE": "ns", "DSTRAIN_POD_IP": "10.0.0.1"}
+    replica = from_environment({**COMPLETE, "DSTRAIN_LEASE": "op", **pod}).replica
+    assert replica == Replica(namespace="ns", pod="op-1", address="10.0.0.1", service="op")
+    assert from_environment({**COMPLETE, **pod}).replica is None, "out of a cluster it is alone"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"DSTRAIN_LEASE": "op"}, "DSTRAIN_POD_NAMESPACE is not set"),
         ({"DSTRAIN_TRAINER_IMAGE": ""}, "DSTRAIN_TRAINER_IMAGE is not set"),
         ({"DSTRAIN_COORDINATOR_URL": "operator:8080"}, "begin it with http"),
         ({"DSTRAIN_TOKEN_KEY": "short"}, "give it 32 or more"),

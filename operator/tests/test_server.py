@@ -29,10 +29,12 @@ class Served:
         self.coordinator = Coordinator(clock=time.time)
         self.coordinator.register(UID, generation=0, token=TOKEN)
         self.problems: list[str] = []
+        self.leads = True
         app = make_app(
             self.coordinator,
             metrics=lambda: b"dstrain_up 1\n",
             unhealthy=lambda: self.problems,
+            leads=lambda: self.leads,
             join_wait_s=0.5,
         )
         self.server = ServerThread(app)
@@ -199,6 +201,30 @@ def test_metrics_and_probes(served: Served) -> None:
     served.problems.append("the event loop is blocked")
     response = served.client.get("/healthz")
     assert (response.status_code, response.text) == (503, "the event loop is blocked")
+
+
+def test_who_does_not_lead_sends_pods_to_a_new_connection_and_hears_nothing(
+    served: Served,
+) -> None:
+    served.leads = False
+    for what, body in (("join", join_body()), ("beat", beat_body()), ("commit", {})):
+        response = served.post(what, body)
+        assert response.status_code == 503
+        assert response.headers["connection"] == "close"
+    assert served.coordinator.snapshot(UID).members == ()
+    assert served.client.get("/healthz").text == "ok"
+    assert served.client.get("/metrics").is_success
+
+
+def test_join_that_waits_is_sent_away_when_this_replica_leads_no_more(served: Served) -> None:
+    joined = threading.Event()
+    served.coordinator.on_transition = lambda _uid: joined.set()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(served.post, "join", join_body())
+        assert joined.wait(5)
+        served.leads = False
+        served.coordinator.on_publish(UID)
+        assert answer.result(5).status_code == 503
 
 
 def test_stop_sends_waiting_joins_away_at_once() -> None:
