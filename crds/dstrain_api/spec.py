@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from dstrain_api.base import ApiModel
 from dstrain_api.model import ModelSpec
 from dstrain_api.patterns import (
+    AUTO_DURATION_PATTERN,
     AUTO_PATTERN,
     DURATION_PATTERN,
     FOLDER_PATTERN,
@@ -50,6 +51,7 @@ def _loose_object(description: str) -> dict[str, Any]:
 
 
 Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=32)]
+AutoOrDuration = Annotated[str, Field(pattern=AUTO_DURATION_PATTERN, max_length=32)]
 Quantity = Annotated[
     int | str,
     PlainValidator(_quantity),
@@ -177,8 +179,8 @@ class ElasticSpec(ApiModel):
 
     min_replicas: int = Field(1, ge=1, le=20_000, description="Fewest worker pods to train with. Default: 1. Example: 12.")
     max_replicas: int = Field(20_000, ge=1, le=20_000, description="Most worker pods that a scale may ask for. Default: 20000. Example: 16.")
-    replacement_wait: Duration = Field("45s", description="How long to wait for missing pods before going on with fewer. Default: 45s. Example: 2m.")
-    scale_up_snooze: Duration = Field("5m", description="Shortest time in a smaller gang before returned pods are taken in. Default: 5m. Example: 15m.")
+    replacement_wait: AutoOrDuration = Field("auto", description="How long to wait for missing pods before going on with fewer; auto weighs what a restart has cost against how long a new pod takes to join, and waits for 45 s where no worker has run yet. Default: auto. Example: 2m.")
+    scale_up_snooze: Duration = Field("5m", description="Shortest time between two growths of a gang that had to shrink; each takes place right after a checkpoint. Default: 5m. Example: 15m.")
 
 
 class RdmaSpec(ApiModel):

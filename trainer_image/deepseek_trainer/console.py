@@ -11,7 +11,7 @@ from deepseek_trainer import reporting
 from deepseek_trainer.flops import flops_per_token, peak_flops
 from deepseek_trainer.optim.totals import StepTotals
 from deepseek_trainer.parallel.mesh import Mesh
-from deepseek_trainer.state.checkpoint import Progress
+from deepseek_trainer.state.progress import Progress
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY_S: Final = 0.25
@@ -48,15 +48,21 @@ class Console:
             _log.info("training %s to step %d; %s", start, total_steps, layout)
 
     def step(
-        self, progress: Progress, totals: StepTotals, learning_rate: float, *, last: bool
+        self,
+        progress: Progress,
+        totals: StepTotals,
+        *,
+        learning_rate: float,
+        stall_s: float,
+        last: bool,
     ) -> None:
-        """A step was taken or skipped."""
+        """A step was taken or skipped; checkpoints have held up this process for `stall_s`."""
         self._skipped += not totals.finite
         now_s = time.monotonic()
         self._ends_s.append(now_s)
         if last or now_s >= self._next_report_s:
             self._next_report_s = now_s + _REPORT_EVERY_S
-            self._report(progress, totals, learning_rate)
+            self._report(progress, totals, learning_rate, stall_s)
         if self._first and (last or now_s >= self._next_print_s):
             self._next_print_s = now_s + _PRINT_EVERY_S
             _log.info(
@@ -69,7 +75,9 @@ class Console:
                 self._rate(),
             )
 
-    def _report(self, progress: Progress, totals: StepTotals, learning_rate: float) -> None:
+    def _report(
+        self, progress: Progress, totals: StepTotals, learning_rate: float, stall_s: float
+    ) -> None:
         rate = self._rate()
         reporting.report(
             step=progress.step,
@@ -84,6 +92,7 @@ class Console:
                 "dstrain_grad_norm": totals.norm,
                 "dstrain_learning_rate": learning_rate,
                 "dstrain_skipped_steps_total": self._skipped,
+                "dstrain_checkpoint_stall_seconds_total": stall_s,
             },
         )
 

@@ -3,14 +3,19 @@
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from dstrain_api.config import TrainerConfig
-from dstrain_api.constants import ENV_CHECKPOINT_DIR, EXIT_RESTART
+from dstrain_api.constants import (
+    ENV_CHECKPOINT_DIR,
+    ENV_FAILURE_INTERVAL,
+    ENV_LOCAL_DIR,
+    EXIT_RESTART,
+)
 
 from deepseek_trainer import reporting
 from deepseek_trainer.console import Console, report_commit
@@ -19,13 +24,16 @@ from deepseek_trainer.data.sampler import Stream
 from deepseek_trainer.model.deepseek import DeepSeek
 from deepseek_trainer.model.moe import moved_bias
 from deepseek_trainer.optim.adamw import ShardedAdamW
-from deepseek_trainer.optim.totals import StepTotals, reduce_totals
+from deepseek_trainer.optim.totals import NO_FLAGS, Flags, StepTotals, reduce_totals
 from deepseek_trainer.parallel.mesh import join_world, make_mesh, plan_layout
 from deepseek_trainer.parallel.shard import sharded, spread
 from deepseek_trainer.schedule import learning_rate
-from deepseek_trainer.state.checkpoint import Checkpointer, Progress
+from deepseek_trainer.state.checkpoint import Checkpointer
 from deepseek_trainer.state.commit import Committer, ask_coordinator, generation
+from deepseek_trainer.state.committed import CommittedTier
 from deepseek_trainer.state.folder import CheckpointFolder
+from deepseek_trainer.state.pace import Pace
+from deepseek_trainer.state.progress import Progress
 
 
 class NonFiniteGradient(RuntimeError):
@@ -95,27 +103,38 @@ class Trainer:
         """Train to the end, or until told to stop; the exit code of this process."""
         checkpoints = self.checkpointer()
         progress = checkpoints.restore()
-        resumed_step = progress.step
         console = Console(
-            self.config, self.mesh, total_steps=self.total_steps, resumed_step=resumed_step
+            self.config, self.mesh, total_steps=self.total_steps, resumed_step=progress.step
         )
         stopping = False
         while progress.step < self.total_steps and not stopping:
-            totals = self.step(progress)
-            stopping = totals.stop
+            totals = self.step(progress, checkpoints.flags(progress.step + 1))
+            stopping = totals.flags.stop
             last = stopping or progress.step == self.total_steps
-            console.step(progress, totals, self.learning_rate(progress), last=last)
-            if last or progress.step % self.config.checkpoint.every_steps == 0:
-                checkpoints.save(progress, required=last)
-        if progress.step > resumed_step and not checkpoints.settle():
+            checkpoints.keep(progress, totals.flags)
+            console.step(
+                progress,
+                totals,
+                learning_rate=self.learning_rate(progress),
+                stall_s=checkpoints.stall_s,
+                last=last,
+            )
+        if not checkpoints.holds(progress.step):
+            checkpoints.save(progress)
+        if not checkpoints.settle():
             return EXIT_RESTART  # the commit was refused: another generation goes on
         if progress.step < self.total_steps:
             return 0 if self.stop.raised else EXIT_RESTART
         reporting.report_done()
         return 0
 
-    def step(self, progress: Progress) -> StepTotals:
-        """One optimizer step over one global batch, taken or skipped by all ranks alike."""
+    def step(self, progress: Progress, flags: Flags = NO_FLAGS) -> StepTotals:
+        """One optimizer step over one global batch, taken or skipped by all ranks alike.
+
+        Args:
+            progress: is moved on by one step.
+            flags: what this rank says to the others, besides whether it was told to stop.
+        """
         loss_sum = self.accumulate(progress)
         mixtures = self.model.mixtures
         scale = progress.loss_scale.scale
@@ -123,7 +142,7 @@ class Trainer:
             self.mesh,
             loss_sum=loss_sum,
             norm_squared=self.optimizer.collect_gradients(),
-            stop=self.stop.raised,
+            flags=replace(flags, stop=self.stop.raised),
             loads=[mixture.take_load() for mixture in mixtures],
         ).unscaled(scale)
         progress.step += 1
@@ -176,24 +195,38 @@ class Trainer:
         return learning_rate(self.config.optimizer, progress.tokens, total)
 
     def checkpointer(self) -> Checkpointer:
-        """The checkpoints in the folder that the environment names."""
+        """The checkpoints in the folders that the environment names."""
         keep = self.config.checkpoint
         folder = CheckpointFolder(Path(os.environ[ENV_CHECKPOINT_DIR]).absolute())
+        local_dir = os.environ.get(ENV_LOCAL_DIR)
+        pace = Pace(
+            every_steps=keep.every_steps,
+            every_seconds=keep.every_seconds,
+            failure_interval_s=float(os.environ.get(ENV_FAILURE_INTERVAL, "0")),
+            world=self.mesh.world,
+        )
 
         def committed(step: int, save_s: float) -> None:
             report_commit(step, save_s)
+            pace.commit_took(save_s)
             folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
 
         uri = keep.uri or folder.root.as_uri()
-        return Checkpointer(
+        first = self.mesh.rank == 0
+        tier = CommittedTier(
             config=self.config,
             folder=folder,
             generation=generation(),
             mesh=self.mesh,
-            model=self.model,
-            optimizer=self.optimizer,
             stream=self.stream,
             committer=Committer(folder, ask=ask_coordinator, uri=uri, committed=committed)
-            if self.mesh.rank == 0
+            if first
             else None,
+        )
+        return Checkpointer(
+            tier,
+            self.model,
+            self.optimizer,
+            local_dir=Path(local_dir) if local_dir else None,
+            pace=pace,
         )

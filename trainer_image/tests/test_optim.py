@@ -8,7 +8,7 @@ from deepseek_trainer.loop import StopFlag, Trainer
 from deepseek_trainer.optim.scale import GROWTH_STEPS, LossScale
 from deepseek_trainer.parallel.mesh import join_world
 from deepseek_trainer.schedule import learning_rate
-from deepseek_trainer.state.checkpoint import Progress
+from deepseek_trainer.state.progress import Progress
 from dstrain_api.spec import OptimizerSpec, ScheduleSpec, WarmupSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,10 +1,11 @@
-"""What all ranks must agree on after backward, in one all-reduce: loss, gradient norm, stop flag
+"""What all ranks must agree on after backward, in one all-reduce: loss, gradient norm, flags
 and expert load.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,29 @@ from deepseek_trainer.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
+class Flags:
+    """What any rank has to say to the others; raised for all when raised by one.
+
+    `stop`: it was told to stop. `save`, `copy`: a checkpoint, a local copy is due. `busy`: it is
+    not done with the last one.
+    """
+
+    stop: bool = False
+    save: bool = False
+    copy: bool = False
+    busy: bool = False
+
+
+NO_FLAGS: Final = Flags()
+
+
+@dataclass(frozen=True)
 class StepTotals:
     """Sums over the global batch, equal on every rank, so that every decision from them is too."""
 
     loss_sum: float
     norm: float
-    stop: bool
+    flags: Flags
     loads: tuple[torch.Tensor, ...]
 
     def unscaled(self, scale: float) -> "StepTotals":
@@ -36,7 +54,7 @@ def reduce_totals(
     *,
     loss_sum: torch.Tensor,
     norm_squared: torch.Tensor,
-    stop: bool,
+    flags: Flags,
     loads: Sequence[torch.Tensor],
 ) -> StepTotals:
     """Add up every rank's part.
@@ -46,19 +64,20 @@ def reduce_totals(
         loss_sum: loss over this rank's samples.
         norm_squared: this rank's addend (`ShardedAdamW.collect_gradients`), of gradients that are
             already summed.
-        stop: whether this rank was told to stop.
+        flags: of this rank.
         loads: tokens per expert of every mixture layer, over this rank's samples.
     """
     first = 1.0 if mesh.tensor_rank == 0 else 0.0
     # fp64 holds token counts exactly.
     own = torch.cat([loss_sum.double().reshape(1), *(load.double() for load in loads)]) * first
-    rest = torch.stack([norm_squared, norm_squared.new_tensor(float(stop))])
-    total = torch.cat([rest, own])
+    raised = norm_squared.new_tensor([float(flag) for flag in astuple(flags)])
+    total = torch.cat([norm_squared.reshape(1), raised, own])
     dist.all_reduce(total)
-    norm_squared_sum, stops, loss = total[:3].tolist()
+    begin = 2 + len(raised)
+    norm_squared_sum, *votes, loss = total[:begin].tolist()
     return StepTotals(
         loss_sum=loss,
         norm=math.sqrt(norm_squared_sum) if norm_squared_sum >= 0 else math.nan,
-        stop=stops > 0,
-        loads=total[3:].split([len(load) for load in loads]) if loads else (),
+        flags=Flags(*(vote > 0 for vote in votes)),
+        loads=total[begin:].split([len(load) for load in loads]) if loads else (),
     )

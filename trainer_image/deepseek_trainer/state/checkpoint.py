@@ -1,215 +1,280 @@
-"""Saving and restoring the state of a training. Every rank calls both at the same step.
+"""Saving and restoring the state of a training in two tiers. Every rank calls each method at the
+same step.
 
-Save: draft folder -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit in
-the background.
-Restore: the newest committed checkpoint whose every file has the size and sha256 of its manifest;
-each rank checks a part.
+The training thread only copies tensors to host memory. A background thread completes the local copy
+and, for a save, writes the same memory to the shared folder. One of either is under way at a time.
 """
 
 import hashlib
+import json
 import logging
-import platform
-import shutil
 import time
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dstrain_api.config import TrainerConfig
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from deepseek_trainer.data.sampler import DataState, Stream
 from deepseek_trainer.model.deepseek import DeepSeek
 from deepseek_trainer.optim.adamw import ShardedAdamW
 from deepseek_trainer.optim.scale import LossScale
-from deepseek_trainer.parallel.mesh import Mesh
+from deepseek_trainer.optim.totals import Flags
 from deepseek_trainer.state import manifest as manifests
-from deepseek_trainer.state.commit import Committer
-from deepseek_trainer.state.folder import CheckpointFolder, NoUsableCheckpoint
-from deepseek_trainer.state.manifest import CheckpointManifest
+from deepseek_trainer.state.background import Background
+from deepseek_trainer.state.committed import CommittedTier, Tensors
+from deepseek_trainer.state.folder import NoUsableCheckpoint
+from deepseek_trainer.state.host import HostCopy, host_memory
+from deepseek_trainer.state.local import CopyId, open_copies
+from deepseek_trainer.state.pace import Pace
+from deepseek_trainer.state.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Progress:
-    """Where a training is. `position` counts samples read since its beginning."""
-
-    step: int = 0
-    tokens: int = 0
-    position: int = 0
-    loss_scale: LossScale = field(default_factory=LossScale)
-
-
 @dataclass(frozen=True)
+class Offer:
+    """What one rank could resume from."""
+
+    copies: list[CopyId] | None  # none: it has no room for copies
+    committed: list[str] | None = None  # rank 0 only, as the next one
+    newest: tuple[int, int] = (0, 0)  # step and generation
+
+
 class Checkpointer:
     """Saves and restores one training.
 
-    `committer` lives on rank 0 only; the other ranks have none.
+    Args:
+        tier: the shared folder.
+        model: after `parallel.shard.spread`.
+        optimizer: of the model.
+        local_dir: folder in the pod's memory; none: no local copies.
+        pace: decides on rank 0 when something is due.
     """
 
-    config: TrainerConfig
-    folder: CheckpointFolder
-    generation: int
-    mesh: Mesh
-    model: DeepSeek
-    optimizer: ShardedAdamW
-    stream: Stream
-    committer: Committer | None
+    def __init__(
+        self,
+        tier: CommittedTier,
+        model: DeepSeek,
+        optimizer: ShardedAdamW,
+        *,
+        local_dir: Path | None,
+        pace: Pace,
+    ) -> None:
+        self._tier = tier
+        self._mesh = tier.mesh
+        self._optimizer = optimizer
+        self._tensors = _tensors(model, optimizer)
+        self._pace = pace
+        self._local = open_copies(local_dir, self._tensors, self._identity()) if local_dir else None
+        self._copying = False  # whether every rank has room for local copies
+        self._memory: HostCopy | None = None
+        self._background = Background("checkpoints")
+        self._saved_step = -1
+        self.stall_s = 0.0  # by which saves and copies held up this process
 
-    def save(self, progress: Progress, *, required: bool) -> bool:
-        """Write a draft and hand it to the committer; whether the storage took it.
+    def flags(self, step: int) -> Flags:
+        """What this rank has to say to what is kept after a step that is under way."""
+        first = self._mesh.rank == 0
+        return Flags(
+            save=first and self._pace.save_is_due(step),
+            copy=first and self._copying and self._pace.copy_is_due(),
+            busy=self._background.busy,
+        )
 
-        Args:
-            progress: what the tensors have reached.
-            required: whether a failure ends the training. Without it, training goes on and the
-                next save tries again.
-
-        Raises:
-            OSError: the storage is full or away, and this save is required.
+    def keep(self, progress: Progress, flags: Flags) -> None:
+        """Begin to save or copy the state after a step, as all ranks have agreed. While one of them
+        is still busy with the last one, what is due waits for its turn.
         """
-        begin = time.monotonic()
-        draft = self.folder.draft(progress.step, self.generation)
-        try:
-            save(self._tensors(), storage_writer=FileSystemWriter(draft, overwrite=False))
-        except CheckpointException as error:  # raised by every rank if it is by one
-            reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
-            # torch hides the system's error behind one of its own archive format.
-            message = (
-                f"step {progress.step} cannot be saved in {self.folder.root}, which may be full or "
-                f"away: {'; '.join(sorted(reasons))}"
-            )
-            if required:
-                raise OSError(message) from error
-            if self.mesh.rank == 0:
-                _log.error("%s; training goes on with the checkpoint before", message)
-                shutil.rmtree(draft)
-            return False
-        own = {
-            path.name: manifests.describe(path)
-            for path in draft.glob(f"__{self.mesh.rank}_*.distcp")
-        }
-        parts: list[dict[str, dict[str, object]]] = [{} for _ in range(self.mesh.world)]
-        dist.gather_object(own, parts if self.mesh.rank == 0 else None)
-        if self.committer:
-            files = {name: facts for part in parts for name, facts in part.items()}
-            files[".metadata"] = manifests.describe(draft / ".metadata")
-            manifests.write(draft, self._manifest(progress, files))
-            self.committer.submit(progress.step, draft, began_s=begin)
-        return True
+        if (flags.save or flags.copy) and not flags.busy:
+            self._take(progress, save=flags.save)
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save, after what is under way; `settle` tells how it ended."""
+        self._take(progress, save=True)
+
+    def holds(self, step: int) -> bool:
+        """Whether the state after this step is committed, or its save has begun."""
+        return step == self._saved_step
 
     def settle(self) -> bool:
-        """Wait on every rank until the last draft is committed; false when the coordinator refused
+        """Wait on every rank until the last save is committed; false when the coordinator refused
         it.
+
+        Raises:
+            OSError: the storage is full or away.
         """
-        accepted = [self.committer.wait().accepted if self.committer else None]
+        self._background.wait()
+        committer = self._tier.committer
+        accepted = [not committer or bool(self._tier.error) or committer.wait().accepted]
+        if self._tier.error:
+            raise OSError(self._tier.error)
         dist.broadcast_object_list(accepted)
-        return bool(accepted[0])
+        return accepted[0]
 
     def restore(self) -> Progress:
-        """Load the newest checkpoint that is whole; a fresh start where there never was one.
+        """Load the newest state that is whole on every rank: a local copy, or else a checkpoint; a
+        fresh start where there never was one.
 
         Raises:
             NoUsableCheckpoint: there were checkpoints, and none of them can be used.
             ValueError: the checkpoint is of another model, seed or corpus.
         """
-        if self.mesh.rank == 0:
-            self.folder.root.mkdir(parents=True, exist_ok=True)
-            self.folder.clear(self.generation)
-        names = [self._history() if self.mesh.rank == 0 else None]
-        dist.broadcast_object_list(names)
-        if names[0] is None:
-            return Progress(loss_scale=LossScale.start(self.config.precision.compute))
-        for name in names[0]:
-            path = self.folder.root / name
-            if problems := self._problems(path):
-                _log.error("checkpoint %s is damaged: %s", path, "; ".join(problems))
-                if self.mesh.rank == 0:
-                    self.folder.quarantine(path)
-                continue
-            return self._load(path)
-        raise NoUsableCheckpoint(
-            f"{self.folder.root} had checkpoints, but none is whole. Restore "
-            "one from a backup, or empty the folder to start again at step 0"
-        )
+        offers = self._offers()
+        self._copying = all(offer.copies is not None for offer in offers)
+        progress = self._from_copy(common_copies(offers))
+        if progress is None:
+            progress = self._from_folder(offers[0].committed)
+        return progress
 
-    def _history(self) -> list[str] | None:
-        """Names of the committed checkpoints, newest first; none where there never was one."""
-        if not self.folder.has_history():
+    def _offers(self) -> list[Offer]:
+        own = Offer([copy.id for copy in self._local.held()] if self._local else None)
+        if self._mesh.rank == 0:
+            folder = self._tier.folder
+            folder.root.mkdir(parents=True, exist_ok=True)
+            folder.clear(self._tier.generation)
+            committed = self._tier.history()
+            own = replace(own, committed=committed, newest=_newest(folder.root, committed or []))
+        offers = [own] * self._mesh.world
+        dist.all_gather_object(offers, own)
+        return offers
+
+    def _from_copy(self, candidates: list[CopyId]) -> Progress | None:
+        """The newest of these local copies that is whole on every rank; the others, which may come
+        from a timeline that ends here, are forgotten.
+        """
+        if self._local is None:
             return None
-        return [path.name for _, path in self.folder.committed()]
+        held = {copy.id: copy for copy in self._local.held()}
+        for candidate in candidates:
+            copy = held[candidate]
+            whole = [self._local.is_whole(copy)] * self._mesh.world
+            dist.all_gather_object(whole, whole[0])
+            if all(whole):
+                self._local.load(copy)
+                self._local.keep_only(copy)
+                self._optimizer.updates = copy.updates
+                return Progress.from_json(copy.progress)
+            _log.error("the local copy of step %d is damaged", candidate.step)
+        self._local.keep_only(None)
+        return None
 
-    def _problems(self, path: Path) -> list[str]:
-        """What is wrong with a checkpoint, found by all ranks together."""
-        try:
-            files = manifests.read(path).files
-        except ValueError as error:
-            own = [str(error)]
-        else:
-            names = sorted({*files, ".metadata"})
-            own = manifests.damage(path, files, names[self.mesh.rank :: self.mesh.world])
-        found: list[list[str]] = [[] for _ in range(self.mesh.world)]
-        dist.all_gather_object(found, own)
-        return sorted({problem for problems in found for problem in problems})
+    def _from_folder(self, names: list[str] | None) -> Progress:
+        if names is None:
+            return Progress(loss_scale=LossScale.start(self._tier.config.precision.compute))
+        root = self._tier.folder.root
+        for name in names:
+            path = root / name
+            if problems := self._tier.problems(path):
+                _log.error("checkpoint %s is damaged: %s", path, "; ".join(problems))
+                if self._mesh.rank == 0:
+                    self._tier.folder.quarantine(path)
+                continue
+            progress, self._optimizer.updates = self._tier.load(path, self._tensors)
+            self._saved_step = progress.step
+            return progress
+        raise NoUsableCheckpoint(
+            f"{root} had checkpoints, but none is whole. Restore one from a backup, or empty the "
+            "folder to start again at step 0"
+        )
 
-    def _load(self, path: Path) -> Progress:
-        saved = manifests.read(path)
-        if saved.architecture != self.config.architecture.model_dump(mode="json"):
-            raise ValueError(
-                f"{path} holds another model: restore spec.model, or point checkpoint.uri to an "
-                "empty folder"
+    def _take(self, progress: Progress, *, save: bool) -> None:
+        begin_s = time.monotonic()
+        self._background.wait()
+        if save:
+            self._tier.open()
+            self._saved_step = progress.step
+            self._pace.saved()
+        self._pace.copied()
+        copy = self._next_copy()
+        copy.take()
+        held_up_s = time.monotonic() - begin_s
+        frozen, updates = replace(progress), self._optimizer.updates
+        self._background.start(
+            lambda: self._finish(
+                copy, frozen, updates, save=save, began_s=begin_s, held_up_s=held_up_s
             )
-        position = self.stream.position(DataState(**saved.data))
-        load(self._tensors(), storage_reader=FileSystemReader(path))
-        self.optimizer.updates = saved.updates
-        return Progress(
-            step=saved.step,
-            tokens=saved.tokens,
-            position=position,
-            loss_scale=LossScale(saved.loss_scale["scale"], int(saved.loss_scale["finite_steps"])),
         )
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        named: dict[str, list[tuple[str, torch.Tensor]]] = {
-            "model": [*self.model.named_parameters(), *self.model.named_buffers()],
-            "optimizer": [*self.optimizer.moments().items()],
+    def _next_copy(self) -> HostCopy:
+        if self._local:
+            return self._local.begin()
+        self._memory = self._memory or HostCopy(self._tensors, host_memory(self._tensors))
+        return self._memory
+
+    def _finish(
+        self,
+        copy: HostCopy,
+        progress: Progress,
+        updates: int,
+        *,
+        save: bool,
+        began_s: float,
+        held_up_s: float,
+    ) -> None:
+        """In the background: complete the local copy, write the checkpoint."""
+        cuda = self._mesh.device.type == "cuda"
+        if cuda:
+            copy.wait()
+            held_up_s = time.monotonic() - began_s
+        self.stall_s += held_up_s
+        begin_s = time.thread_time()
+
+        def cost_s() -> float:
+            # Without a GPU the background takes its time from the same cores as the steps.
+            return held_up_s + (0.0 if cuda else time.thread_time() - begin_s)
+
+        if self._local:
+            copy_id = CopyId(progress.step, self._tier.generation, progress.rollbacks)
+            self._local.complete(copy_id, progress=progress.to_json(), updates=updates)
+            self._pace.copy_took(cost_s())
+        if save:
+            self._tier.write(copy.tensors, progress, updates, began_s=began_s)
+            self._pace.save_took(cost_s())
+
+    def _identity(self) -> str:
+        """What must be equal for a local copy to be of this training, in this place."""
+        facts = {
+            "config": self._tier.config.model_dump(mode="json"),
+            "data": self._tier.stream.fingerprint,
+            "layout": self._mesh.layout.to_json(),
+            "rank": self._mesh.rank,
         }
-        return {
-            f"{part}.{name}": tensor.detach()
-            for part, tensors in named.items()
-            for name, tensor in tensors
-        }
-
-    def _manifest(
-        self, progress: Progress, files: dict[str, dict[str, object]]
-    ) -> CheckpointManifest:
-        config = self.config.model_dump_json()
-        return CheckpointManifest(
-            step=progress.step,
-            tokens=progress.tokens,
-            updates=self.optimizer.updates,
-            generation=self.generation,
-            world=self.mesh.world,
-            layout=self.mesh.layout.to_json(),
-            data=self.stream.state(progress.position).to_json(),
-            rng={"seed": self.config.training.seed},
-            loss_scale=asdict(progress.loss_scale),
-            config=hashlib.sha256(config.encode()).hexdigest(),
-            architecture=self.config.architecture.model_dump(mode="json"),
-            versions=versions(),
-            files=files,
-        )
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
-    try:
-        own = version("dstrain")
-    except PackageNotFoundError:  # run from a source tree
-        own = "unknown"
-    return {"dstrain": own, "torch": torch.__version__, "python": platform.python_version()}
+def common_copies(offers: Sequence[Offer]) -> list[CopyId]:
+    """Local copies that every rank holds, newest first, and that no checkpoint has overtaken.
+
+    A checkpoint of a later generation ends the timeline of an earlier one's copies, whatever their
+    step.
+    """
+    step, generation = offers[0].newest
+    common = set.intersection(*(set(offer.copies or []) for offer in offers))
+    return sorted(
+        (copy for copy in common if copy.step > step and copy.generation >= generation),
+        reverse=True,
+    )
+
+
+def _newest(root: Path, names: list[str]) -> tuple[int, int]:
+    """Step and generation of the newest checkpoint whose manifest can be read."""
+    for name in names:
+        try:
+            saved = manifests.read(root / name)
+        except ValueError:  # damaged: found and put aside when it is to be loaded
+            continue
+        return saved.step, saved.generation
+    return 0, 0
+
+
+def _tensors(model: DeepSeek, optimizer: ShardedAdamW) -> Tensors:
+    parts: dict[str, list[tuple[str, torch.Tensor]]] = {
+        "model": [*model.named_parameters(), *model.named_buffers()],
+        "optimizer": [*optimizer.moments().items()],
+    }
+    return {
+        f"{part}.{name}": tensor.detach()
+        for part, tensors in parts.items()
+        for name, tensor in tensors
+    }

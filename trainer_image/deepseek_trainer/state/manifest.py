@@ -34,6 +34,7 @@ class CheckpointManifest:
     data: dict[str, Any]
     rng: dict[str, int]
     loss_scale: dict[str, float]
+    rollbacks: int = 0
     config: str
     architecture: dict[str, Any]
     versions: dict[str, str]

@@ -1,0 +1,160 @@
+"""The committed tier: checkpoints in the folder that all workers share.
+
+Write: draft folder -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit.
+Read: only what has the size and sha256 of its manifest, file by file; each rank checks a part.
+"""
+
+import hashlib
+import logging
+import platform
+import shutil
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from dstrain_api.config import TrainerConfig
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from deepseek_trainer.data.sampler import DataState, Stream
+from deepseek_trainer.optim.scale import LossScale
+from deepseek_trainer.parallel.mesh import Mesh
+from deepseek_trainer.state import manifest as manifests
+from deepseek_trainer.state.commit import Committer
+from deepseek_trainer.state.folder import CheckpointFolder
+from deepseek_trainer.state.manifest import CheckpointManifest
+from deepseek_trainer.state.progress import Progress
+
+_log = logging.getLogger(__name__)
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class CommittedTier:
+    """Writes and reads checkpoints. `committer` lives on rank 0 only; the other ranks have none."""
+
+    config: TrainerConfig
+    folder: CheckpointFolder
+    generation: int
+    mesh: Mesh
+    stream: Stream
+    committer: Committer | None
+    error: str | None = field(default=None, init=False)  # of the last write, on every rank
+    _group: dist.ProcessGroup | None = field(default=None, init=False)
+
+    def open(self) -> None:
+        """Make ready to write, on every rank at once: the background needs a group of its own, for
+        collectives of two threads on one group get mixed up.
+        """
+        self._group = self._group or dist.new_group(backend="gloo")
+
+    def write(self, tensors: Tensors, progress: Progress, updates: int, *, began_s: float) -> None:
+        """Write a draft and hand it to the committer, in the background of every rank. If the
+        storage does not take it, `error` says why.
+        """
+        self.error = None
+        draft = self.folder.draft(progress.step, self.generation)
+        try:
+            save(
+                tensors,
+                storage_writer=FileSystemWriter(draft, overwrite=False),
+                process_group=self._group,
+            )
+        except CheckpointException as error:  # raised by every rank if it is by one
+            reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
+            # torch hides the system's error behind one of its own archive format.
+            self.error = (
+                f"step {progress.step} cannot be saved in {self.folder.root}, which may be full or "
+                f"away: {'; '.join(sorted(reasons))}"
+            )
+            if self.mesh.rank == 0:
+                _log.error("%s; training goes on with the checkpoint before", self.error)
+                shutil.rmtree(draft)
+            return
+        own = {
+            path.name: manifests.describe(path)
+            for path in draft.glob(f"__{self.mesh.rank}_*.distcp")
+        }
+        parts: list[dict[str, dict[str, object]]] = [{} for _ in range(self.mesh.world)]
+        dist.gather_object(own, parts if self.mesh.rank == 0 else None, group=self._group)
+        if self.committer:
+            files = {name: facts for part in parts for name, facts in part.items()}
+            files[".metadata"] = manifests.describe(draft / ".metadata")
+            manifests.write(draft, self._manifest(progress, updates, files))
+            self.committer.submit(progress.step, draft, began_s=began_s)
+
+    def history(self) -> list[str] | None:
+        """Names of the committed checkpoints, newest first; none where there never was one."""
+        if not self.folder.has_history():
+            return None
+        return [path.name for _, path in self.folder.committed()]
+
+    def problems(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint, found by all ranks together."""
+        try:
+            files = manifests.read(path).files
+        except ValueError as error:
+            own = [str(error)]
+        else:
+            names = sorted({*files, ".metadata"})
+            own = manifests.damage(path, files, names[self.mesh.rank :: self.mesh.world])
+        found: list[list[str]] = [[] for _ in range(self.mesh.world)]
+        dist.all_gather_object(found, own)
+        return sorted({problem for problems in found for problem in problems})
+
+    def load(self, path: Path, tensors: Tensors) -> tuple[Progress, int]:
+        """Read a whole checkpoint into the tensors; where it is, and updates taken.
+
+        Raises:
+            ValueError: it is of another model, seed or corpus.
+        """
+        saved = manifests.read(path)
+        if saved.architecture != self.config.architecture.model_dump(mode="json"):
+            raise ValueError(
+                f"{path} holds another model: restore spec.model, or point checkpoint.uri to an "
+                "empty folder"
+            )
+        position = self.stream.position(DataState(**saved.data))
+        load(tensors, storage_reader=FileSystemReader(path))
+        progress = Progress(
+            step=saved.step,
+            tokens=saved.tokens,
+            position=position,
+            loss_scale=LossScale(saved.loss_scale["scale"], int(saved.loss_scale["finite_steps"])),
+            rollbacks=saved.rollbacks,
+        )
+        return progress, saved.updates
+
+    def _manifest(
+        self, progress: Progress, updates: int, files: dict[str, dict[str, object]]
+    ) -> CheckpointManifest:
+        config = self.config.model_dump_json()
+        return CheckpointManifest(
+            step=progress.step,
+            tokens=progress.tokens,
+            updates=updates,
+            generation=self.generation,
+            world=self.mesh.world,
+            layout=self.mesh.layout.to_json(),
+            data=self.stream.state(progress.position).to_json(),
+            rng={"seed": self.config.training.seed},
+            loss_scale=asdict(progress.loss_scale),
+            rollbacks=progress.rollbacks,
+            config=hashlib.sha256(config.encode()).hexdigest(),
+            architecture=self.config.architecture.model_dump(mode="json"),
+            versions=versions(),
+            files=files,
+        )
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    try:
+        own = version("dstrain")
+    except PackageNotFoundError:  # run from a source tree
+        own = "unknown"
+    return {"dstrain": own, "torch": torch.__version__, "python": platform.python_version()}
