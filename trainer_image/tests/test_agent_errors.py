@@ -121,3 +121,60 @@ def test_a_pod_reports_the_crash_before_the_error_before_the_broken_connection()
     assert report_of([asked, lost, bug]).local_rank == 1
     assert report_of([asked, lost]).local_rank == 0
     assert report_of([asked]).exit_code == EXIT_RESTART
+
+
+IN_TRAINER = """Traceback (most recent call last):
+  File "/opt/lib/deepseek_trainer/parallel/mesh.py", line 52, in plan_layout
+    raise ValueError(
+%s
+"""
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("raise MemoryError", "outOfMemory"),
+        ("import torch; torch.empty(10**15)", "outOfMemory"),
+        ("import no_such_module", "configuration"),
+        ("from json import no_such_name", "configuration"),
+        ("x = = 1", "configuration"),
+        ("raise ValueError('a sample of the user')", "application"),
+        ("raise RuntimeError('MemoryError: not one')", "application"),
+        ("import sys; sys.exit(3)", "application"),
+        ("class NonFiniteGradient(Exception): pass\nraise NonFiniteGradient('3')", "numeric"),
+        ("class NoUsableCheckpoint(Exception): pass\nraise NoUsableCheckpoint", "configuration"),
+    ],
+)
+def test_a_known_exception_has_its_class(program: str, expected: str) -> None:
+    assert error_of(of_program(program)).failure_class == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("ValueError: parallelism: tensor 3 does not fit", "configuration"),
+        ("RuntimeError: a bug of ours", "application"),
+        (OOM, "outOfMemory"),
+        ("deepseek_trainer.loop.NonFiniteGradient: step 3", "numeric"),
+        ("torch.AcceleratorError: CUDA error: an illegal memory access", "application"),
+    ],
+)
+def test_what_the_trainer_raises_has_its_class(error: str, expected: str) -> None:
+    assert error_of(failure(IN_TRAINER % error)).failure_class == expected
+
+
+@pytest.mark.parametrize("missing", [["-m", "no_such_module"], ["/no/such/script.py"]])
+def test_a_program_that_is_not_there_is_a_matter_of_configuration(missing: list[str]) -> None:
+    ended = subprocess.run([sys.executable, *missing], stderr=-1, text=True, check=False)
+    said = failure(ended.stderr, exit_code=ended.returncode)
+    assert error_of(said).failure_class == "configuration"
+
+
+def test_after_a_step_was_finished_the_configuration_was_right() -> None:
+    for text in (IN_TRAINER % "ValueError: x", IN_TRAINER % "ImportError: stale handle"):
+        assert error_of(failure(text), began=True).failure_class == "application"
+
+
+def test_an_error_says_after_which_step() -> None:
+    assert report_of([failure()], step=12).step == 12

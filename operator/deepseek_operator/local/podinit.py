@@ -6,9 +6,9 @@ stands above the pod's first process and adopts every orphan of it. It ends them
 - when the first process ends (as PID 1 of a container does), and exits as that one did;
 - when its stdin is closed: the runner lets go of the pod, or has crashed and left nobody behind.
 
-SIGTERM is passed to the first process. The pod's TMPDIR is made and removed here; its path is
-short, because unix sockets are made in it. Runs without the packages of this project, to start in
-a few milliseconds.
+SIGTERM is passed to the first process. The pod's TMPDIR and its folder in memory are made and
+removed here; the path of the first is short, because unix sockets are made in it. Runs without the
+packages of this project, to start in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 KILL_INTERVAL_S = 0.02
+MEMORY = "/dev/shm"  # noqa: S108 -- a folder of its own is made in it
 
 
 def main(command: list[str]) -> int:
@@ -37,10 +38,18 @@ def main(command: list[str]) -> int:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # noticed by the wake-up pipe
     os.environ["TMPDIR"] = scratch = tempfile.mkdtemp(prefix="dstrain-pod-", dir="/tmp")
+    folders = [scratch]
+    if os.access(MEMORY, os.W_OK):
+        # The agent's would stay behind when it is killed, and take memory of the machine.
+        os.environ["DSTRAIN_LOCAL_DIR"] = memory = tempfile.mkdtemp(
+            prefix="dstrain-pod-", dir=MEMORY
+        )
+        folders.append(memory)
     try:
         status = _run(command, wake_read)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

@@ -1,5 +1,9 @@
 """What a failed worker process has to say: from its exit code and the end of its stderr to one
 error report. Pure.
+
+An error's class decides what happens next, so it is named only for a known exception in its place:
+"configuration" stops the training, and is for what no second try can mend; all else that a program
+raises is "application".
 """
 
 from __future__ import annotations
@@ -9,9 +13,12 @@ import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dstrain_api.constants import EXIT_RESTART
 from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorReport
+
+FailureClass = Literal["application", "outOfMemory", "configuration", "numeric"]
 
 LAST_LINES = 5  # of stderr, where there is no traceback
 FRAMES = 3  # innermost ones in a fingerprint: the same bug through another caller is the same
@@ -31,6 +38,23 @@ _PEER = re.compile(
     r"|Timed out waiting .*(recv|send) operation|DistNetworkError|Read (from|error) .*\[",
     re.IGNORECASE,
 )
+# Python's MemoryError; PyTorch's caching allocator, its CPU allocator and the CUDA driver.
+_OUT_OF_MEMORY = re.compile(
+    r"\A([\w.]*\b(OutOfMemoryError|MemoryError)\b"
+    r"|RuntimeError: .*(DefaultCPUAllocator: (not enough|can't allocate) memory"
+    r"|CUDA (error: )?out of memory))",
+    re.DOTALL,
+)
+_NUMERIC = ("NonFiniteGradient", "RollbackFailed")
+_UNUSABLE = ("NoUsableCheckpoint",)
+# Before the first step these are the program's own; later a file system may have failed.
+_UNLOADABLE = ("ModuleNotFoundError", "ImportError", "SyntaxError", "IndentationError")
+# What the interpreter says, without a traceback, when it cannot find or read the program.
+_NO_PROGRAM = re.compile(
+    r"^(\S+: (No module named \S+|can't open file .*: \[Errno 2\] No such file or directory)$"
+    r"|(Syntax|Indentation|Tab)Error: )"
+)
+_TRAINER = "/deepseek_trainer/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +66,20 @@ class WorkerFailure:
     stderr: str = ""  # its end
 
 
-def report_of(failures: Sequence[WorkerFailure]) -> ErrorReport:
+def report_of(
+    failures: Sequence[WorkerFailure], *, step: int = 0, began: bool = False
+) -> ErrorReport:
     """One pod's failure: that of the process which failed first of its own accord.
 
     Args:
         failures: at least one, in the order in which they were noticed.
+        step: last finished step that is known of this pod's processes.
+        began: whether they have finished a step since they were started.
     """
-    return min((error_of(f) for f in failures), key=_blame)
+    return min((error_of(f, step=step, began=began) for f in failures), key=_blame)
 
 
-def error_of(failure: WorkerFailure) -> ErrorReport:
+def error_of(failure: WorkerFailure, *, step: int = 0, began: bool = False) -> ErrorReport:
     """A failed process as an error report: the end of its traceback, where there is one."""
     stderr = _RANK_PREFIX.sub("", failure.stderr)
     if failure.exit_code < 0:
@@ -64,6 +92,8 @@ def error_of(failure: WorkerFailure) -> ErrorReport:
         exit_code=failure.exit_code,
         message=text[-ERROR_TEXT_LIMIT:],
         fingerprint=_fingerprint(failure.exit_code, text),
+        failure_class="application" if failure.exit_code < 0 else _class(text, began=began),
+        step=step,
     )
 
 
@@ -103,6 +133,27 @@ def _fingerprint(exit_code: int, text: str) -> str:
     frames = _FRAME.findall(traceback)[-FRAMES:]
     identity = repr((raised.group(1) if raised else "", frames))
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _class(text: str, *, began: bool) -> FailureClass:
+    start = _TRACEBACK.search(text)
+    if start is None:
+        return "configuration" if _NO_PROGRAM.match(text.splitlines()[-1]) else "application"
+    traceback = text[start.end() :]
+    raised = _EXCEPTION.search(traceback)
+    if raised is None:
+        return "application"
+    if _OUT_OF_MEMORY.match(traceback[raised.start() :]):
+        return "outOfMemory"
+    name = raised.group(1).rpartition(".")[2]
+    frames = _FRAME.findall(traceback)
+    if name in _NUMERIC:
+        return "numeric"
+    if name in _UNUSABLE or (not began and name in _UNLOADABLE):
+        return "configuration"
+    # The trainer raises ValueError for what a person has to change, and for nothing else.
+    ours = bool(frames) and _TRAINER in frames[-1][0]
+    return "configuration" if name == "ValueError" and ours and not began else "application"
 
 
 def _signal_text(number: int) -> str:

@@ -29,7 +29,9 @@ from types import FrameType
 
 from dstrain_api.constants import (
     ENV_BEAT_INTERVAL,
+    ENV_FAILURE_INTERVAL,
     ENV_GENERATION,
+    ENV_LOCAL_DIR,
     ENV_METRICS_PORT,
     ENV_NODE,
     ENV_POD,
@@ -54,7 +56,7 @@ from torch.distributed.run import determine_local_world_size, parse_args
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
 from deepseek_trainer.agent.errors import WorkerFailure, report_of
 from deepseek_trainer.agent.forks import ForkServer
-from deepseek_trainer.agent.home import agent_home
+from deepseek_trainer.agent.home import agent_home, local_folder
 from deepseek_trainer.agent.membership import Identity, Membership
 from deepseek_trainer.agent.metrics import AgentMetrics, serve
 from deepseek_trainer.agent.nvml import add_gpus
@@ -105,6 +107,7 @@ class Handler(RendezvousHandler):
         self._program_done = False
         self._failures: list[WorkerFailure] = []
         self._step = 0
+        self._began = False  # whether this generation's processes have finished a step
         self._metrics = AgentMetrics(os.environ[ENV_TRAINING])
         self._membership = Membership(
             Identity(
@@ -123,6 +126,8 @@ class Handler(RendezvousHandler):
         self._forwarder = Forwarder(os.environ[ENV_POD_UID], CoordinatorClient.from_environment())
         reports = ReportSocket(agent_home() / "reports", self._reported)
         os.environ[ENV_REPORT_SOCKET] = str(reports.path)
+        if local := local_folder():
+            os.environ[ENV_LOCAL_DIR] = str(local)
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
         self._handle_sigterm()
         watch_workers(self)
@@ -200,7 +205,7 @@ class Handler(RendezvousHandler):
 
     def _reported(self, report: WorkerReport) -> None:
         if report.rank_step is not None:
-            self._step = report.rank_step
+            self._step, self._began = report.rank_step, True
         self._program_done = self._program_done or report.done
         if self._membership.group_rank == 0 and report.local_rank == 0:
             self._metrics.reported(report)
@@ -212,14 +217,16 @@ class Handler(RendezvousHandler):
         failures, self._failures = self._failures, []
         if not failures:
             return
-        error = report_of(failures)
+        error = report_of(failures, step=self._step, began=self._began)
         log.warning("local rank %s: %s", error.local_rank, error.message.splitlines()[-1])
         if error.fingerprint == PEER_LOST and self._membership.wait_over(PEER_PATIENCE_S):
             return  # the peer that failed has said why
         self._membership.report_error(error)
 
     def _enter(self, assignment: Assignment, seconds: float) -> None:
+        self._began = False
         os.environ[ENV_GENERATION] = str(assignment.generation)
+        os.environ[ENV_FAILURE_INTERVAL] = f"{assignment.failure_interval_s:g}"
         self._metrics.joined(assignment.generation, assignment.group_rank, seconds)
         log.info(
             "generation %s: worker %s of %s, rank 0 at %s:%s",
