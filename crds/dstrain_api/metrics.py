@@ -123,6 +123,12 @@ _RANK_ZERO = _exposed(
         absent="before the first commit",
     ),
     Metric(
+        "dstrain_checkpoint_last_verified_step",
+        "gauge",
+        "Optimizer step of the last checkpoint that was read back from its storage and is whole.",
+        absent="before the first one was",
+    ),
+    Metric(
         "dstrain_checkpoint_last_timestamp_seconds",
         "gauge",
         "When the last checkpoint was committed, in seconds since the epoch.",

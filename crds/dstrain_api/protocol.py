@@ -97,6 +97,9 @@ class ProgressReport(ApiModel):
     resumed_step: int | None = Field(
         None, description="Step this generation resumed from; 0 from scratch."
     )
+    verified_step: int = Field(
+        0, ge=0, description="Newest committed step that was read back and is whole; 0: none yet."
+    )
     skipped_steps: int = Field(0, ge=0, description="Steps without an update: bad gradients.")
     rollbacks: int = Field(0, ge=0, description="Returns to a checkpoint because of bad numbers.")
 

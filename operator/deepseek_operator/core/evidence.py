@@ -41,6 +41,8 @@ _NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
 # Signals that come from outside: they tell nothing of the program, nor of the hardware.
 OUTSIDE_SIGNALS = frozenset({1, 2, 9, 15})
 
+GROWN = "Grown"
+
 _ORDER: dict[FailureClass, int] = {
     "infrastructure": 0,
     "outOfMemory": 1,
@@ -114,6 +116,13 @@ def missing_pod(s: Situation, pod: PodView | None, *, scaled: bool) -> Failure:
         message=f"{pod.name} was {why}",
         node=pod.node,
         pod=pod.name,
+    )
+
+
+def grown(size: int) -> Failure:
+    """A gang that had to shrink takes in those who are back."""
+    return Failure(
+        failure_class="voluntary", reason=GROWN, message=f"{size} workers can go on together"
     )
 
 

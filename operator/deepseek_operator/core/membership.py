@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.quantities import duration_s
 from dstrain_api.status import DeepSeekTrainingStatus
 
-from deepseek_operator.core import evidence, failures
-from deepseek_operator.core.clock import seconds
+from deepseek_operator.core import elastic, evidence, failures
 from deepseek_operator.core.conditions import condition, holds, with_condition
 from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
@@ -53,7 +51,7 @@ def form(s: Situation) -> Plan | None:
     joined = s.in_state("joining")
     if s.membership or not joined or _adopting(s):
         return None
-    size = len(joined) if len(joined) == s.desired else _smaller_size(s, joined)
+    size = len(joined) if len(joined) == s.desired else elastic.smaller_size(s, joined)
     if not size:
         return None
     chosen = joined[:size]
@@ -84,19 +82,21 @@ def grow(s: Situation) -> Plan | None:
         return None
     waiting = [slot for slot in s.in_state("joining") if not _is_member(s, slot)]
     inside = [slot for slot in s.slots if slot.state == "running" and _is_member(s, slot)]
-    if len(waiting) + len(inside) < s.desired or not s.allowed(s.desired):
+    size = elastic.larger_size(s, len(current.pod_uids), waiting, len(inside))
+    if not size:
         return None
-    ready_at_s = s.now_s - min((w.member.waiting_s for w in waiting if w.member), default=0.0)
-    degraded = condition(s.status, "Degraded")
-    if _shrunk(s) and degraded:
-        snooze_s = duration_s(s.spec.elastic.scale_up_snooze) if s.spec.elastic else 0.0
-        ready_at_s = max(ready_at_s, seconds(degraded.last_transition_time) + snooze_s)
-    elif s.status.checkpoint is None and s.gathering.commit is None:
-        return Plan(status=_scaled(s), end_generation=current.generation)
-    commit = s.gathering.commit
-    if commit is None or commit.generation != current.generation or commit.at_s < ready_at_s:
-        return None
-    return Plan(status=None if _shrunk(s) else _scaled(s), end_generation=current.generation)
+    shrunk, commit = _shrunk(s), s.gathering.commit
+    if shrunk or commit or s.status.checkpoint:  # else nothing is saved that could be waited for
+        ready_at_s = s.now_s - min((w.member.waiting_s for w in waiting if w.member), default=0.0)
+        if shrunk:
+            ready_at_s = max(ready_at_s, elastic.snoozed_until_s(s))
+        if commit is None or commit.generation != current.generation or commit.at_s < ready_at_s:
+            return None
+    failure = evidence.grown(size) if shrunk else evidence.missing_pod(s, None, scaled=True)
+    after = None
+    if not s.accounted:
+        after = failures.record(s, failure, generation=s.status.generation)
+    return Plan(status=after, end_generation=current.generation)
 
 
 def give_up(s: Situation) -> Plan | None:
@@ -104,26 +104,6 @@ def give_up(s: Situation) -> Plan | None:
     if s.membership or not _runners(s) or _adopting(s):
         return None
     return Plan(end_generation=s.status.generation)
-
-
-def _smaller_size(s: Situation, joined: tuple[Slot, ...]) -> int:
-    """The largest allowed size with those who have joined; 0 to go on waiting."""
-    if s.spec.elastic is None:
-        return 0
-    waited_s = min(slot.member.waiting_s for slot in joined if slot.member)
-    if waited_s < duration_s(s.spec.elastic.replacement_wait):
-        return 0
-    sizes = range(len(joined), s.min_replicas - 1, -1)
-    return next((n for n in sizes if s.allowed(n)), 0)
-
-
-def wait_s(s: Situation) -> float | None:
-    """Seconds until a smaller gang may be formed, if one is waited for."""
-    joined = s.in_state("joining")
-    if s.spec.elastic is None or s.membership or not s.min_replicas <= len(joined) < s.desired:
-        return None
-    waited_s = min(slot.member.waiting_s for slot in joined if slot.member)
-    return max(0.1, duration_s(s.spec.elastic.replacement_wait) - waited_s)
 
 
 def _runners(s: Situation) -> list[Slot]:
@@ -150,13 +130,6 @@ def _is_member(s: Situation, slot: Slot) -> bool:
 def _shrunk(s: Situation) -> bool:
     degraded = condition(s.status, "Degraded")
     return holds(s.status, "Degraded") and degraded is not None and degraded.reason == SHRUNK
-
-
-def _scaled(s: Situation) -> DeepSeekTrainingStatus | None:
-    if s.accounted:
-        return None
-    failure = evidence.missing_pod(s, None, scaled=True)
-    return failures.record(s, failure, generation=s.status.generation)
 
 
 def _voluntary(s: Situation, current: Membership) -> DeepSeekTrainingStatus | None:

@@ -121,6 +121,7 @@ class MemberView:
     port: int = 0
     group_world_size: int = 0
     waiting_s: float = 0.0  # since it asked to join; 0 unless joining
+    joined_at_s: float = 0.0  # when it asked for its first generation; 0: not known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
-from deepseek_operator.core import lifecycle, membership, nodes, replacement, status
+from deepseek_operator.core import elastic, lifecycle, membership, nodes, replacement, status
 from deepseek_operator.core.conditions import condition
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
 from deepseek_operator.core.situation import Situation, survey
@@ -69,7 +69,7 @@ def _composed(s: Situation, decision: Plan) -> Plan:
         decision.requeue_after_s or (CREATED_LOOK_S if decision.creates else None),
         _progress_wait_s(s, wait_s, written),
         s.heartbeat_timeout_s if s.doubt else None,
-        membership.wait_s(s),
+        elastic.wait_s(s),
         nodes.exclusion_wait_s(s, after) if after.excluded_nodes else None,
     ]
     return replace(

@@ -65,6 +65,7 @@ class _Member:
     silent: bool = False
     joined_from: int = -1  # generation its last join named; -1: it has not joined here yet
     waiting_since_s: float = 0.0
+    joined_at_s: float = 0.0
     address: str = ""
     port: int = 0
     group_world_size: int = 0
@@ -82,6 +83,7 @@ class _Member:
             port=self.port,
             group_world_size=self.group_world_size,
             waiting_s=max(0.0, now_s - self.waiting_since_s) if self.state == "joining" else 0.0,
+            joined_at_s=self.joined_at_s,
         )
 
 
@@ -131,6 +133,8 @@ class Roster:
         if member.state != "joining" or member.joined_from != join.generation:
             self.changed = True
             member.waiting_since_s = now_s
+        if join.generation == 0 and not member.joined_at_s:
+            member.joined_at_s = now_s
         self._heard(member, now_s)
         member.state = "joining"
         member.generation = member.joined_from = join.generation

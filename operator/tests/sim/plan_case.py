@@ -114,14 +114,17 @@ class Case:
         self.pods[slot] = replace(self.pods[slot], **facts)
         return self
 
+    def change_member(self, slot, **facts):
+        uid = self.pods[slot].uid
+        self.members[uid] = replace(self.members[uid], **facts)
+        return self
+
     def fails(self, slot, exit_code=1, **facts):
         container = ContainerView(exit_code=exit_code, terminated_reason="Error", **facts)
         return self.change_pod(slot, phase="Failed", container=container)
 
     def silent(self, slot, silent_s=6.0):
-        uid = self.pods[slot].uid
-        self.members[uid] = replace(self.members[uid], silent_s=silent_s)
-        return self
+        return self.change_member(slot, silent_s=silent_s)
 
     def knows(self, **facts):
         self.gathering = replace(self.gathering, **facts)

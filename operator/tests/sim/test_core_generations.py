@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-import pytest
 from deepseek_operator.core.model import CommitView
-from plan_case import ELASTIC, NOW_S, Case, deleted, made, says
+from plan_case import NOW_S, Case, deleted, made
 
 
 def test_a_member_that_asks_for_the_next_generation_ends_this_one():
@@ -63,42 +62,3 @@ def test_a_scale_up_takes_the_new_ones_in_after_the_next_commit():
     decided = case.plan()
     assert decided.end_generation == 1
     assert decided.status.history[-1].reason == "Scaled"
-
-
-def test_an_elastic_training_goes_on_with_those_who_are_there_after_the_wait():
-    case = Case(replicas=3, elastic=ELASTIC).joining(0, 2, waiting_s=44.0).started(1)
-    decided = case.plan()
-    assert decided.membership is None
-    assert decided.requeue_after_s == pytest.approx(1.0)
-    case.joining(0, 2, waiting_s=46.0)
-    decided = case.plan()
-    assert decided.membership.pod_uids == ("u0-1", "u2-1")
-    assert says(decided.status, "Degraded").reason == "FewerWorkers"
-
-
-def test_a_training_that_is_not_elastic_waits_for_ever():
-    assert Case(replicas=3).joining(0, 2, waiting_s=9999.0).started(1).plan().membership is None
-
-
-def test_a_smaller_gang_has_a_size_that_divides():
-    model = {
-        "model": {"preset": "mini"},
-        "data": {"sources": [{"uri": "builtin://mini"}]},
-        "training": {"total": {"tokens": 10**6}, "globalBatch": 32, "microBatch": 4},
-    }
-    case = Case(replicas=4, elastic=ELASTIC)
-    case.spec = {k: v for k, v in case.spec.items() if k != "entrypoint"} | model
-    decided = case.joining(0, 1, 2, waiting_s=60.0).started(3).plan()
-    assert len(decided.membership.pod_uids) == 2
-
-
-def test_a_smaller_gang_grows_after_its_snooze_and_a_commit():
-    case = Case(replicas=2, elastic=ELASTIC).joining(0, waiting_s=60.0).started(1).written()
-    assert case.status.generation == 1
-    case.running(0, generation=1)
-    case.joining(1, waiting_s=400.0)
-    commit = CommitView(step=40, uri="", generation=1, at_s=NOW_S + 299)
-    case.now_s = NOW_S + 310
-    assert case.knows(commit=commit).plan().end_generation is None
-    case.knows(commit=replace(commit, at_s=NOW_S + 301))
-    assert case.plan().end_generation == 1

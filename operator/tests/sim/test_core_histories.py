@@ -62,7 +62,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(
         replicas=st.integers(1, 3),
-        elastic=st.booleans(),
+        elastic=st.sampled_from(["", "5s", "auto", "auto"]),
         own=st.integers(0, 5),
         infrastructure=st.integers(1, 4),
         total_steps=st.sampled_from([10**9, 10**9, 10**9, 10**9, 60]),
@@ -71,7 +71,7 @@ class Histories(RuleBasedStateMachine):
     def submit(
         self,
         replicas: int,
-        elastic: bool,
+        elastic: str,
         own: int,
         infrastructure: int,
         total_steps: int,
@@ -267,7 +267,7 @@ class Histories(RuleBasedStateMachine):
         return [p for p in self._pods(slot) if p["metadata"]["uid"] in agents]
 
 
-def _spec(replicas: int, elastic: bool, own: int, infrastructure: int) -> dict[str, Any]:
+def _spec(replicas: int, wait: str, own: int, infrastructure: int) -> dict[str, Any]:
     of_its_own = {"max": own, "window": "1h"}
     spec: dict[str, Any] = {
         "entrypoint": {"module": "program"},
@@ -282,11 +282,11 @@ def _spec(replicas: int, elastic: bool, own: int, infrastructure: int) -> dict[s
             },
         },
     }
-    if elastic:
+    if wait:
         spec["elastic"] = {
             "minReplicas": 1,
             "maxReplicas": 3,
-            "replacementWait": "5s",
+            "replacementWait": wait,
             "scaleUpSnooze": "5s",
         }
     return spec
