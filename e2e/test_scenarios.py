@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
 from typing import Any
 
@@ -16,6 +18,7 @@ from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.clusters.shell import wait_until
 from e2e.conftest import MakeTraining
+from e2e.faults.cluster import training_process
 from e2e.report import Report
 from e2e.training import Seen, Training
 
@@ -57,19 +60,6 @@ def rank_zero(training: Training) -> str:
     """Name of the newest pod in slot 0, whose log tells the steps."""
     every = [p["metadata"] for p in training.pods()]
     return str([m for m in every if m["labels"]["dstrain.dev/slot"] == "0"][-1]["name"])
-
-
-def processes_of(cluster: Cluster, namespace: str, pod: str) -> list[int]:
-    """Process ids, inside the pod, of its training processes (not of torchrun, which is 1)."""
-    listing = cluster.kubectl(
-        "-n", namespace, "exec", pod, "--", "python3", "-c",
-        "import pathlib\n"
-        "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
-        "    try: status = (p / 'status').read_text()\n"
-        "    except OSError: continue\n"
-        "    if 'PPid:\\t1\\n' in status: print(p.name)\n",
-    )  # fmt: skip
-    return [int(line) for line in listing.split()]
 
 
 def test_1_apply_reaches_complete_and_tells_its_story(
@@ -158,18 +148,14 @@ def assert_continuous(steps: list[tuple[int, float]], resumed: int, last: int) -
 
 
 def test_3_a_killed_process_costs_a_generation_and_no_pod(
-    make_training: MakeTraining, cluster: Cluster, namespace: str, report: Report
+    make_training: MakeTraining, report: Report
 ) -> None:
     training = make_training("processkill", **SHORT)
     training.apply()
     training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
     before = {p["metadata"]["uid"] for p in training.live_pods()}
-    pod = slot(training, 1)["metadata"]["name"]
-    process = processes_of(cluster, namespace, pod)[0]
     generation = training.seen[-1].status["generation"]
-    cluster.kubectl(
-        "-n", namespace, "exec", pod, "--", "python3", "-c", f"import os; os.kill({process}, 9)"
-    )
+    os.kill(training_process(slot(training, 1)["metadata"]["uid"]), signal.SIGKILL)
     training.wait("the next generation", lambda s: s.status["generation"] > generation, 60)
     finished = training.wait_complete(COMPLETE_S)
     recovery_marks(report, "process kill", finished)

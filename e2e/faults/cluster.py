@@ -13,6 +13,7 @@ from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.faults.drive import Version
 from e2e.faults.plan import Fault
+from e2e.faults.processes import ranks
 from e2e.training import Training
 
 
@@ -90,8 +91,7 @@ def first_process(pod_uid: str) -> int:
 
 def training_process(pod_uid: str) -> int:
     """Process id, on this machine, of a pod's first training process."""
-    ranks = [p for p in _processes(pod_uid) if _environment(p).get("LOCAL_RANK") == "0"]
-    return ranks[0]
+    return ranks(_processes(pod_uid))[0]
 
 
 def _processes(pod_uid: str) -> list[int]:
@@ -106,11 +106,3 @@ def _processes(pod_uid: str) -> list[int]:
         if pod_uid in cgroup.replace("_", "-") and b"python" in command:
             found.append(int(folder.name))
     return sorted(found)
-
-
-def _environment(process: int) -> dict[str, str]:
-    try:
-        text = Path(f"/proc/{process}/environ").read_text(errors="replace")
-    except OSError:
-        return {}
-    return dict(part.split("=", 1) for part in text.split("\0") if "=" in part)

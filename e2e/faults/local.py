@@ -22,6 +22,7 @@ from dstrain.local.terminal import Terminal
 
 from e2e.faults.drive import Version
 from e2e.faults.plan import Fault
+from e2e.faults.processes import ranks
 
 
 class LocalStage:
@@ -68,9 +69,9 @@ class LocalStage:
         at_s = time.monotonic()
         match fault.kind:
             case "kill-process":
-                os.kill(processes[-1], signal.SIGKILL)
+                os.kill(ranks(processes)[0], signal.SIGKILL)
             case "freeze-process":
-                os.kill(processes[-1], signal.SIGSTOP)
+                os.kill(ranks(processes)[0], signal.SIGSTOP)
             case "kill-pod":
                 os.kill(processes[0], signal.SIGKILL)
             case "delete-pod":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from e2e.faults.drive import Injection, Version, drive
 from e2e.faults.plan import Fault, FaultPlan, Moment, random_plan
 from e2e.faults.recoveries import histogram, percentile, recovery_s

@@ -1,0 +1,191 @@
+"""One training through everything that the failure contract names, a fault after the other.
+
+Every test waits for the first new step after its fault, so that the next one meets a training that
+runs. Their times are in the report of the run.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from e2e import install
+from e2e.clusters.interface import Cluster
+from e2e.faults.cluster import ClusterStage
+from e2e.faults.drive import Injection
+from e2e.faults.plan import Fault, Kind, Moment
+from e2e.faults.recoveries import recovery_s
+from e2e.report import Report
+from e2e.soak import SPEC, WORKERS
+from e2e.training import Seen, Training
+
+PATIENCE_S = 120.0
+
+
+class Subject:
+    """A training that goes on for longer than the tests."""
+
+    def __init__(self, training: Training, operator: install.Release, report: Report) -> None:
+        self.training = training
+        self.cluster = training.cluster
+        self.operator = operator
+        self.report = report
+        self.stage = ClusterStage(training.cluster, training, operator)
+
+    @property
+    def now(self) -> Seen:
+        return self.training.seen[-1]
+
+    @property
+    def generation(self) -> int:
+        return int(self.now.status["generation"])
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest entry of the history."""
+        return dict(self.now.status["history"][-1])
+
+    def restarts(self, kind: str) -> int:
+        return int(self.now.status.get("restarts", {}).get(kind, 0))
+
+    def uids(self) -> dict[str, str]:
+        """Uid of the living pod in every slot."""
+        return {
+            p["metadata"]["labels"]["dstrain.dev/slot"]: p["metadata"]["uid"]
+            for p in self.training.live_pods()
+        }
+
+    def suffer(self, kind: Kind, slot: int) -> float:
+        """Inject a fault and wait for the first new step after it; the seconds between."""
+        fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
+        generation = self.generation
+        return self.recovered(kind, Injection(fault, self.stage.inject(fault), generation))
+
+    def recovered(self, name: str, injection: Injection) -> float:
+        def holds(_: Seen) -> bool:
+            return recovery_s(injection, self.stage.versions()) is not None
+
+        self.training.wait(f"a new step after {name}", holds, PATIENCE_S)
+        seconds = recovery_s(injection, self.stage.versions())
+        assert seconds is not None
+        self.report.time(f"recovery: {name}", seconds)
+        return seconds
+
+    def steps_on(self, count: int = 20) -> None:
+        """Wait for more steps."""
+        self.training.wait_step(self.now.step + count, PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def subject(cluster: Cluster, operator: install.Release, report: Report) -> Iterator[Subject]:
+    namespace = f"recovery-{uuid.uuid4().hex[:6]}"
+    cluster.kubectl("create", "namespace", namespace)
+    manifest = {
+        "apiVersion": "dstrain.dev/v1alpha1",
+        "kind": "DeepSeekTraining",
+        "metadata": {"name": "subject"},
+        "spec": {**SPEC, "training": {**SPEC["training"], "total": {"tokens": 10**9}}},
+    }
+    training = Training(cluster, manifest, namespace)
+    training.apply()
+    training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
+    yield Subject(training, operator, report)
+    training.delete()
+    training.close()
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+def test_a_killed_process_keeps_all_pods(subject: Subject) -> None:
+    uids, before = subject.uids(), subject.restarts("application")
+    for slot in (1, 0, 2):
+        subject.suffer("kill-process", slot)
+        assert subject.last["exitCode"] == -9
+    assert subject.uids() == uids
+    assert subject.restarts("application") == before + 3
+
+
+def test_a_killed_container_costs_its_own_pod_only(subject: Subject) -> None:
+    uids = subject.uids()
+    subject.suffer("kill-pod", 1)
+    changed = {slot for slot, uid in subject.uids().items() if uids[slot] != uid}
+    assert changed == {"1"}
+
+
+def test_a_deleted_pod_is_replaced_and_costs_no_budget(subject: Subject) -> None:
+    budgets = subject.now.status.get("failures")
+    subject.suffer("delete-pod", 2)
+    assert subject.last["failureClass"] == "voluntary"
+    assert subject.now.status.get("failures") == budgets
+
+
+def test_a_blip_of_the_network_costs_nothing(subject: Subject) -> None:
+    generation, node = subject.generation, subject.stage.node_of(1)
+    subject.cluster.partition(node)
+    time.sleep(1.5)  # the blip itself
+    subject.cluster.heal(node)
+    subject.steps_on()
+    assert subject.generation == generation
+
+
+def test_a_lost_node_is_replaced_elsewhere_and_comes_back_without_harm(subject: Subject) -> None:
+    node = subject.stage.node_of(0)  # of rank 0
+    subject.suffer("power-off", 0)
+    assert (subject.last["reason"], subject.last["node"]) == ("NodeLost", node)
+    assert subject.stage.node_of(0) != node
+    subject.cluster.power_on(node)
+    _ready(subject.cluster, node)
+
+
+def test_a_partitioned_node_finds_its_pods_gone(subject: Subject) -> None:
+    node, uid = subject.stage.node_of(1), subject.uids()["1"]
+    subject.suffer("partition", 1)
+    generation = subject.generation
+    subject.cluster.heal(node)
+    _ready(subject.cluster, node)
+    subject.steps_on()
+    assert subject.generation == generation, "the old pod ended nothing"
+    assert uid not in {p["metadata"]["uid"] for p in subject.training.live_pods()}
+
+
+def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
+    nodes = {subject.stage.node_of(slot) for slot in range(WORKERS)}
+    away = sorted(nodes - {subject.operator.pod()["spec"]["nodeName"]})[:2]
+    entries = sum(subject.now.status["restarts"].values())
+    fault = Fault(at=Moment(seconds=0), kind="power-off", slot=0)
+    injection = Injection(fault, time.monotonic(), subject.generation)
+    for node in away:
+        subject.cluster.power_off(node)
+    subject.recovered("two nodes at once", injection)
+    assert sum(subject.now.status["restarts"].values()) == entries + 1
+    for node in away:
+        subject.cluster.power_on(node)
+        _ready(subject.cluster, node)
+
+
+def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
+    node, budgets = subject.stage.node_of(2), subject.now.status.get("failures")
+    fault = Fault(at=Moment(seconds=0), kind="delete-pod", slot=2)
+    injection = Injection(fault, time.monotonic(), subject.generation)
+    subject.cluster.drain(node)
+    subject.recovered("drain", injection)
+    subject.cluster.uncordon(node)
+    assert subject.now.status.get("failures") == budgets
+    assert subject.stage.node_of(2) != node
+
+
+def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
+    generation, uids, step = subject.generation, subject.uids(), subject.now.step
+    subject.cluster.pause_api_server()
+    time.sleep(45.0)  # the outage itself
+    subject.cluster.resume_api_server()
+    subject.training.wait_step(step + 50, PATIENCE_S)
+    subject.steps_on()
+    assert (subject.generation, subject.uids()) == (generation, uids)
+
+
+def _ready(cluster: Cluster, node: str) -> None:
+    cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
