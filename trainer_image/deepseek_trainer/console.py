@@ -11,6 +11,7 @@ from deepseek_trainer import reporting
 from deepseek_trainer.flops import flops_per_token, peak_flops
 from deepseek_trainer.optim.totals import StepTotals
 from deepseek_trainer.parallel.mesh import Mesh
+from deepseek_trainer.state.checkpoint import SavingFigures
 from deepseek_trainer.state.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -53,16 +54,16 @@ class Console:
         totals: StepTotals,
         *,
         learning_rate: float,
-        stall_s: float,
+        saving: SavingFigures,
         last: bool,
     ) -> None:
-        """A step was taken or skipped; checkpoints have held up this process for `stall_s`."""
+        """A step was taken or skipped."""
         self._skipped += not totals.finite
         now_s = time.monotonic()
         self._ends_s.append(now_s)
         if last or now_s >= self._next_report_s:
             self._next_report_s = now_s + _REPORT_EVERY_S
-            self._report(progress, totals, learning_rate, stall_s)
+            self._report(progress, totals, learning_rate, saving)
         if self._first and (last or now_s >= self._next_print_s):
             self._next_print_s = now_s + _PRINT_EVERY_S
             _log.info(
@@ -76,9 +77,21 @@ class Console:
             )
 
     def _report(
-        self, progress: Progress, totals: StepTotals, learning_rate: float, stall_s: float
+        self,
+        progress: Progress,
+        totals: StepTotals,
+        learning_rate: float,
+        saving: SavingFigures,
     ) -> None:
         rate = self._rate()
+        metrics = {
+            "dstrain_grad_norm": totals.norm,
+            "dstrain_learning_rate": learning_rate,
+            "dstrain_skipped_steps_total": self._skipped,
+            "dstrain_checkpoint_stall_seconds_total": saving.stall_s,
+        }
+        if saving.verified_step:
+            metrics["dstrain_checkpoint_last_verified_step"] = saving.verified_step
         reporting.report(
             step=progress.step,
             loss=totals.loss_sum / self._tokens_per_step,
@@ -88,12 +101,8 @@ class Console:
             step_seconds=self._ends_s[-1] - self._ends_s[-2],
             mfu=None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
             resumed_step=self._resumed_step,
-            metrics={
-                "dstrain_grad_norm": totals.norm,
-                "dstrain_learning_rate": learning_rate,
-                "dstrain_skipped_steps_total": self._skipped,
-                "dstrain_checkpoint_stall_seconds_total": stall_s,
-            },
+            verified_step=saving.verified_step,
+            metrics=metrics,
         )
 
     def _rate(self) -> float:

@@ -34,6 +34,7 @@ from deepseek_trainer.state.committed import CommittedTier
 from deepseek_trainer.state.folder import CheckpointFolder
 from deepseek_trainer.state.pace import Pace
 from deepseek_trainer.state.progress import Progress
+from deepseek_trainer.state.verify import Verifier
 
 
 class NonFiniteGradient(RuntimeError):
@@ -116,7 +117,7 @@ class Trainer:
                 progress,
                 totals,
                 learning_rate=self.learning_rate(progress),
-                stall_s=checkpoints.stall_s,
+                saving=checkpoints.figures(),
                 last=last,
             )
         if not checkpoints.holds(progress.step):
@@ -206,10 +207,16 @@ class Trainer:
             world=self.mesh.world,
         )
 
+        def prune() -> None:
+            folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+
+        verifier = Verifier(folder, verified=prune, damaged=pace.hurry)
+
         def committed(step: int, save_s: float) -> None:
             report_commit(step, save_s)
             pace.commit_took(save_s)
-            folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+            verifier.committed()
+            prune()
 
         uri = keep.uri or folder.root.as_uri()
         first = self.mesh.rank == 0
@@ -222,6 +229,7 @@ class Trainer:
             committer=Committer(folder, ask=ask_coordinator, uri=uri, committed=committed)
             if first
             else None,
+            verifier=verifier if first else None,
         )
         return Checkpointer(
             tier,

@@ -30,6 +30,7 @@ def report(
     step_seconds: float | None = None,
     mfu: float | None = None,
     resumed_step: int | None = None,
+    verified_step: int | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Say how far this process is. Any program that torchrun starts may call it after a step, on
@@ -44,6 +45,7 @@ def report(
         step_seconds: wall time of the step.
         mfu: model FLOP utilisation, as a ratio.
         resumed_step: step of the checkpoint that this process resumed from; 0 from scratch.
+        verified_step: newest committed checkpoint that was read back and is whole.
         metrics: further figures by their names in `dstrain_api.metrics`.
     """
     record: dict[str, Any] = {"rankStep": step}
@@ -57,6 +59,7 @@ def report(
             "stepSeconds": step_seconds,
             "mfu": mfu,
             "resumedStep": resumed_step,
+            "verifiedStep": verified_step,
         }
         record["progress"] = _finite(progress)
         record["metrics"] = _finite(metrics or {})

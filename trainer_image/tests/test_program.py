@@ -38,7 +38,10 @@ def test_the_mini_model_learns_its_corpus_in_one_process_and_keeps_the_last_chec
     )
     log = run(tmp_path, settings.model_dump_json())
     assert losses(log)[-1] < losses(log)[0] - 1.5
-    assert [step for step, _ in CheckpointFolder(tmp_path).committed()] == [80, 60]
+    newest, before, *others = [step for step, _ in CheckpointFolder(tmp_path).committed()]
+    assert newest == 80
+    assert before >= 60
+    assert len(others) <= 2  # two verified ones stay until newer ones are
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:

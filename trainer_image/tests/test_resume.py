@@ -138,6 +138,11 @@ def metadata_lost(checkpoint: Path) -> None:
 
 
 @damage
+def metadata_of_garbage(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"garbage")
+
+
+@damage
 def manifest_lost(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").unlink()
 
@@ -182,6 +187,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(tmp_path: 
         assert rank == dict.fromkeys(DAMAGES, 2)
     for copy in copies.values():
         assert sorted(path.name for path in copy.iterdir()) == ["LATEST", "step-2", "step-4.bad-1"]
+        assert (copy / "LATEST").read_text() == "step-2\n"
 
 
 def test_no_usable_checkpoint_never_means_starting_again(tmp_path: Path) -> None:

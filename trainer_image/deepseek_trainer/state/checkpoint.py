@@ -41,6 +41,16 @@ class Offer:
     newest: tuple[int, int] = (0, 0)  # step and generation
 
 
+@dataclass(frozen=True)
+class SavingFigures:
+    """What saving costs and is worth: seconds by which it has held up this process since it began,
+    and the newest step that was read back (on rank 0; 0: none).
+    """
+
+    stall_s: float
+    verified_step: int
+
+
 class Checkpointer:
     """Saves and restores one training.
 
@@ -71,7 +81,7 @@ class Checkpointer:
         self._memory: HostCopy | None = None
         self._background = Background("checkpoints")
         self._saved_step = -1
-        self.stall_s = 0.0  # by which saves and copies held up this process
+        self._stall_s = 0.0
 
     def flags(self, step: int) -> Flags:
         """What this rank has to say to what is kept after a step that is under way."""
@@ -96,6 +106,11 @@ class Checkpointer:
     def holds(self, step: int) -> bool:
         """Whether the state after this step is committed, or its save has begun."""
         return step == self._saved_step
+
+    def figures(self) -> SavingFigures:
+        """What saving has cost so far."""
+        verifier = self._tier.verifier
+        return SavingFigures(self._stall_s, verifier.last_step if verifier else 0)
 
     def settle(self) -> bool:
         """Wait on every rank until the last save is committed; false when the coordinator refused
@@ -170,6 +185,8 @@ class Checkpointer:
                 if self._mesh.rank == 0:
                     self._tier.folder.quarantine(path)
                 continue
+            if self._mesh.rank == 0:
+                self._tier.folder.mark_verified(path)
             progress, self._optimizer.updates = self._tier.load(path, self._tensors)
             self._saved_step = progress.step
             return progress
@@ -217,7 +234,7 @@ class Checkpointer:
         if cuda:
             copy.wait()
             held_up_s = time.monotonic() - began_s
-        self.stall_s += held_up_s
+        self._stall_s += held_up_s
         begin_s = time.thread_time()
 
         def cost_s() -> float:

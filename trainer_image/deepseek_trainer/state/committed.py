@@ -11,6 +11,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -25,17 +26,19 @@ from deepseek_trainer.optim.scale import LossScale
 from deepseek_trainer.parallel.mesh import Mesh
 from deepseek_trainer.state import manifest as manifests
 from deepseek_trainer.state.commit import Committer
-from deepseek_trainer.state.folder import CheckpointFolder
+from deepseek_trainer.state.folder import LEAST, CheckpointFolder
 from deepseek_trainer.state.manifest import CheckpointManifest
 from deepseek_trainer.state.progress import Progress
+from deepseek_trainer.state.verify import Verifier
 
 _log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+ROOM: Final = 1.05  # of the size of the last checkpoint must be free before the next
 
 
 @dataclass
 class CommittedTier:
-    """Writes and reads checkpoints. `committer` lives on rank 0 only; the other ranks have none."""
+    """Writes and reads checkpoints. `committer` and `verifier` live on rank 0 only."""
 
     config: TrainerConfig
     folder: CheckpointFolder
@@ -43,6 +46,7 @@ class CommittedTier:
     mesh: Mesh
     stream: Stream
     committer: Committer | None
+    verifier: Verifier | None
     error: str | None = field(default=None, init=False)  # of the last write, on every rank
     _group: dist.ProcessGroup | None = field(default=None, init=False)
 
@@ -56,7 +60,9 @@ class CommittedTier:
         """Write a draft and hand it to the committer, in the background of every rank. If the
         storage does not take it, `error` says why.
         """
-        self.error = None
+        self.error = self._make_room(progress.step)
+        if self.error:
+            return
         draft = self.folder.draft(progress.step, self.generation)
         try:
             save(
@@ -86,6 +92,33 @@ class CommittedTier:
             files[".metadata"] = manifests.describe(draft / ".metadata")
             manifests.write(draft, self._manifest(progress, updates, files))
             self.committer.submit(progress.step, draft, began_s=began_s)
+
+    def _make_room(self, step: int) -> str | None:
+        """Why there is no room for a save; asked by rank 0, known to all."""
+        answer = [self._lack_of_room(step) if self.mesh.rank == 0 else None]
+        dist.broadcast_object_list(answer, group=self._group)
+        return answer[0]
+
+    def _lack_of_room(self, step: int) -> str | None:
+        needed_bytes = self._newest_size() * ROOM
+        if shutil.disk_usage(self.folder.root).free >= needed_bytes:
+            return None
+        self.folder.prune(keep_last=LEAST, keep_every_steps=self.config.checkpoint.keep_every_steps)
+        free_bytes = shutil.disk_usage(self.folder.root).free
+        if free_bytes >= needed_bytes:
+            return None
+        lack = (
+            f"step {step} is not saved: a checkpoint needs {needed_bytes / 2**20:.1f} MiB, and "
+            f"{self.folder.root} has {free_bytes / 2**20:.1f} MiB; make room there"
+        )
+        _log.error("%s; training goes on with the checkpoint before", lack)
+        return lack
+
+    def _newest_size(self) -> int:
+        """Bytes of the newest checkpoint; 0 where there is none to go by."""
+        for _, path in self.folder.committed():
+            return sum(file.stat().st_size for file in path.iterdir())
+        return 0
 
     def history(self) -> list[str] | None:
         """Names of the committed checkpoints, newest first; none where there never was one."""
