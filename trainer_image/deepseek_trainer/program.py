@@ -52,7 +52,8 @@ def shadowed_module(folder: str) -> str:
     for entry in os.scandir(folder):
         name, _, suffix = entry.name.partition(".")
         loaded = getattr(sys.modules.get(name), "__file__", None)
-        package = not suffix and Path(entry.path, "__init__.py").exists()
+        # Not Path.exists, which raises for a folder of somebody else's; import finds nothing there.
+        package = not suffix and os.path.exists(f"{entry.path}/__init__.py")  # noqa: PTH110
         if loaded and (suffix == "py" or package) and not loaded.startswith(entry.path):
             return name
     return ""
