@@ -19,6 +19,7 @@ from dstrain_api.quantities import duration_s
 from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.terms import Values, present
 
+SHORTEST_HANG_S: Final = 1  # agents look twice a second
 SHORTEST_HEARTBEAT_S: Final = 3  # three beats at the shortest interval
 NAME_MESSAGE: Final = (
     f"use at most {NAME_LIMIT} lower-case letters, digits and '-', beginning with a letter and not "
@@ -241,6 +242,15 @@ RULES: Final[tuple[Rule, ...]] = (
         message="heartbeatTimeout {heartbeatTimeout} is less than three beats; "
         f"set {SHORTEST_HEARTBEAT_S}s or more",
     ),
+    Rule(
+        name="hang-shortest",
+        field="recovery.hangTimeout",
+        when=("durationHang",),
+        cel=f"duration({{hangTimeout}}) >= duration('{SHORTEST_HANG_S}s')",
+        holds=lambda v: duration_s(v["hangTimeout"]) >= SHORTEST_HANG_S,
+        message="hangTimeout {hangTimeout} is too short to tell a hang from a slow step; "
+        f"set {SHORTEST_HANG_S}s or more, or auto",
+    ),
 )
 
 
@@ -305,6 +315,7 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
         for path in (
             "training.total",
             "training.micro_batch",
+            "training.on_loss_spike",
             "optimizer",
             "checkpoint.every_steps",
             "checkpoint.every_seconds",

@@ -112,6 +112,7 @@ class TrainingSpec(ApiModel):
     total: TotalSpec = Field(description="When the training is complete. Required. Example: {tokens: 1000000}.")
     global_batch: int = Field(32, ge=1, le=1_000_000, description="Samples per optimizer step over all workers; the same while the gang grows or shrinks, and a multiple of the data-parallel ranks. Default: 32. Example: 1024.")
     micro_batch: int = Field(4, ge=1, le=4096, description="Most samples per forward pass of one data-parallel rank; lower it when memory is short. Default: 4. Example: 1.")
+    on_loss_spike: Literal["warn", "rollback", "ignore"] = Field("warn", description="What a loss far above those before it does: warn in the log and the metrics; rollback goes back to the last checkpoint after five such steps in a row and leaves out their samples. Default: warn. Example: rollback.")
     seed: int = Field(1, ge=0, le=2**31 - 1, description="Seed of weights and sample order. Default: 1. Example: 42.")
 
 
@@ -137,7 +138,7 @@ class OptimizerSpec(ApiModel):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2, description="Decay of the first and second moment. Default: [0.9, 0.95]. Example: [0.9, 0.95].")
     weight_decay: float = Field(0.1, ge=0, le=10, description="Decoupled weight decay of matrices; norms and biases have none. Default: 0.1. Example: 0.1.")
     clip_norm: float = Field(1.0, gt=0, le=1_000_000, description="Largest global gradient norm. Default: 1. Example: 1.0.")
-    on_non_finite: Literal["skip", "stop"] = Field("skip", description="What a gradient with NaN or infinity does: skip the step on all ranks, or stop with an error. Default: skip. Example: stop.")
+    on_non_finite: Literal["skip", "stop"] = Field("skip", description="What a gradient with NaN or infinity does: skip the step on all ranks, and after ten in a row go back to the last checkpoint and leave out their samples; or stop with an error at the first. Default: skip. Example: stop.")
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec, description="Learning rate over tokens. Default: warm-up 5 %, cosine to 1 %. Example: {decay: constant}.")
 
 
@@ -239,7 +240,8 @@ class BudgetsSpec(ApiModel):
 class RecoverySpec(ApiModel):
     """When something counts as failed, and how often it is repaired."""
 
-    heartbeat_timeout: Duration = Field("5s", description="A worker pod silent for longer is taken for lost; three beats or more. Default: 5s. Example: 15s.")
+    heartbeat_timeout: Duration = Field("3s", description="A worker pod silent for longer is taken for lost, one that beats irregularly a little later. Pods beat three times in it, and at least once a second unless the operator is set to fewer. Default: 3s. Example: 15s.")
+    hang_timeout: AutoOrDuration = Field("auto", description="Time without a finished step after which a training hangs: the stacks of all processes are saved and they are started again. auto is five times the longest of the last steps, at least 60 s, or 10 minutes for a program that reports no sections. Reading a checkpoint, the first step and other sections have 10 minutes or more. Default: auto. Example: 5m.")
     budgets: BudgetsSpec = Field(default_factory=BudgetsSpec, description="Failures that are repaired, by class. Default: see its fields. Example: {application: {max: 1, window: 1h}}.")
 
 

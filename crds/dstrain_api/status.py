@@ -100,6 +100,25 @@ class CheckpointStatus(ApiModel):
     generation: int = Field(0, ge=0, description="Generation that committed it. Default: 0. Example: 2.")
 
 
+class NodeRecord(ApiModel):
+    """What a node did to this training lately."""
+
+    name: Annotated[str, Field(max_length=253)] = Field(description="Node. Default: none. Example: gpu-7.")
+    reason: Annotated[str, Field(max_length=128)] = Field(description="Reason of the last failure that points at it. Default: none. Example: ProcessKilled.")
+    offences: float = Field(0.0, ge=0, description="Failures that point at it, as of the last one; each counts half after an hour. Default: 0. Example: 1.9.")
+    time: str = Field(max_length=64, description="When the last one was noticed, RFC 3339. Default: none. Example: 2026-11-21T12:00:00Z.")
+    avoid_until: str | None = Field(None, max_length=64, description="When new pods may use it again, RFC 3339. Default: none. Example: 2026-11-21T13:00:00Z.")
+    tolerated: bool = Field(False, description="Whether it is used all the same, because pods found no other node. Default: false. Example: true.")
+
+
+class ExcludedNode(ApiModel):
+    """A node that new pods avoid."""
+
+    name: Annotated[str, Field(max_length=253)] = Field(description="Node. Default: none. Example: gpu-7.")
+    reason: Annotated[str, Field(max_length=512)] = Field(description="Why, for a person. Default: none. Example: NodeLost.")
+    until: str | None = Field(None, max_length=64, description="When it may be used again, RFC 3339. Default: none while that depends on the node. Example: 2026-11-21T13:00:00Z.")
+
+
 class Summary(ApiModel):
     """Texts for the columns of `kubectl get`."""
 
@@ -129,7 +148,8 @@ class DeepSeekTrainingStatus(ApiModel):
     workers: WorkersStatus = Field(default_factory=WorkersStatus, description="The gang in numbers. Default: zeros. Example: {desired: 2, ready: 2}.")
     progress: Progress = Field(default_factory=Progress, description="How far the training is. Default: zeros. Example: {step: 120}.")
     checkpoint: CheckpointStatus | None = Field(None, description="What the next generation resumes from. Default: none before the first commit. Example: {step: 100}.")
-    excluded_nodes: list[Annotated[str, Field(max_length=253)]] = Field(default_factory=list, max_length=32, description="Nodes that new pods avoid. Default: []. Example: [gpu-7].")
+    nodes: list[NodeRecord] = Field(default_factory=list, max_length=32, description="Nodes that failures point at, the last one last. Default: []. Example: [{name: gpu-7, offences: 1.9}].")
+    excluded_nodes: list[ExcludedNode] = Field(default_factory=list, max_length=32, description="Nodes that new pods avoid. Default: []. Example: [{name: gpu-7, reason: NodeLost}].")
     start_time: str | None = Field(None, max_length=64, description="When the first pods were created, RFC 3339. Default: none. Example: 2026-11-21T12:00:00Z.")
     finish_time: str | None = Field(None, max_length=64, description="When it completed or failed, RFC 3339. Default: none. Example: 2026-11-21T13:00:00Z.")
     summary: Summary = Field(default_factory=Summary, description="Texts for printer columns. Default: empty. Example: {progress: 41%}.")

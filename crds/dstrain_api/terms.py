@@ -145,6 +145,7 @@ _MIN = _field("elastic.min_replicas")
 _MAX = _field("elastic.max_replicas")
 _DATA_SHARD = _field("parallelism.data_shard")
 _HEARTBEAT = _field("recovery.heartbeat_timeout")
+_HANG = _field("recovery.hang_timeout")
 
 TERMS: Final[Mapping[str, Term]] = {
     # Which parts are there.
@@ -176,6 +177,10 @@ TERMS: Final[Mapping[str, Term]] = {
     "positiveGroups": Term(f"{_GROUPS.cel} > 0", lambda _: True),
     "durationHeartbeat": Term(
         f"{_HEARTBEAT.cel}.matches({literal(DURATION_PATTERN)})", lambda _: True
+    ),
+    "durationHang": Term(
+        f"{_HANG.cel}.matches({literal(DURATION_PATTERN)})",
+        lambda spec: spec.recovery.hang_timeout != "auto",
     ),
     # Dimensions of the model.
     "layers": _dimension("layers"),
@@ -210,4 +215,5 @@ TERMS: Final[Mapping[str, Term]] = {
         lambda spec: bool(_MIN.value(spec) <= _MAX.value(spec)),
     ),
     "heartbeatTimeout": _HEARTBEAT,
+    "hangTimeout": _HANG,
 }

@@ -331,7 +331,7 @@ def test_who_does_not_lead_decides_nothing_and_takes_nobody_for_silent(
             assert "Lease" in bench.controller.blind
             assert bench.cluster.writes == writes
             bench.leads = True
-            await asyncio.sleep(3)
+            await asyncio.sleep(2)
             assert len(bench.pods()) == 2
             reasons = [entry["reason"] for entry in bench.status["history"]]
             assert reasons == ["PodDeleted"], "the other was not silent"

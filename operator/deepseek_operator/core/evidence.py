@@ -42,6 +42,7 @@ _NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
 OUTSIDE_SIGNALS = frozenset({1, 2, 9, 15})
 
 GROWN = "Grown"
+NODE_FAULT = "NodeFault"
 
 _ORDER: dict[FailureClass, int] = {
     "infrastructure": 0,
@@ -114,6 +115,19 @@ def missing_pod(s: Situation, pod: PodView | None, *, scaled: bool) -> Failure:
         failure_class=failure_class,
         reason=reason,
         message=f"{pod.name} was {why}",
+        node=pod.node,
+        pod=pod.name,
+    )
+
+
+def moved_pod(s: Situation, pod: PodView, why: str) -> Failure:
+    """A pod that leaves its node before that one fails it."""
+    node = s.observed.nodes.get(pod.node)
+    leaving = bool(node and node.leaving and not node.fault)
+    return Failure(
+        failure_class="preemption" if leaving else "infrastructure",
+        reason="NodeLeaving" if leaving else NODE_FAULT,
+        message=f"{pod.name} is moved from node {pod.node}: {why}",
         node=pod.node,
         pod=pod.name,
     )
@@ -269,6 +283,6 @@ def _blamed(failure: Failure, node: NodeView | None) -> Failure:
     return replace(
         failure,
         failure_class="infrastructure",
-        reason="NodeFault",
+        reason=NODE_FAULT,
         message=f"node {node.name} is broken ({node.fault}): {failure.message}",
     )

@@ -9,6 +9,7 @@ from dstrain_api.quantities import duration_s
 from dstrain_api.spec import BudgetSpec
 from dstrain_api.status import FREE_CLASSES, DeepSeekTrainingStatus, FailureClass, HistoryEntry
 
+from deepseek_operator.core import nodes
 from deepseek_operator.core.clock import rfc3339_ms, seconds
 from deepseek_operator.core.evidence import Failure, from_outside
 from deepseek_operator.core.situation import Situation
@@ -57,6 +58,7 @@ def record(s: Situation, failure: Failure, *, generation: int) -> DeepSeekTraini
             "history": [*status.history, entry][-HISTORY_LIMIT:],
             "restarts": status.restarts.plus(kind),
             "failures": failures,
+            "nodes": nodes.blame(s, failure),
         }
     )
 

@@ -29,7 +29,7 @@ def gang(
 
     What they need is asked for each time: it then is there again if somebody has deleted it.
     """
-    avoid = nodes.excluded_nodes(s, status)
+    avoid = tuple(n.name for n in nodes.excluded(s, status))
     pods = tuple(
         worker_pod(s.training, s.spec, s.settings, slot=i, attempt=status.attempt, avoid=avoid)
         for i in slots

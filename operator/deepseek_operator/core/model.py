@@ -117,6 +117,7 @@ class MemberView:
     state: Literal["joining", "running", "done", "leaving"]
     generation: int  # the one it is in, or comes from while joining
     silent_s: float  # since its last beat or join
+    gap_s: float = 0.0  # longest time between two words of it, lately
     address: str = ""
     port: int = 0
     group_world_size: int = 0

@@ -14,7 +14,7 @@ from dstrain_api.status import Condition, DeepSeekTrainingStatus
 from deepseek_operator.core import elastic, lifecycle, membership, nodes, replacement, status
 from deepseek_operator.core.conditions import condition
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
-from deepseek_operator.core.situation import Situation, survey
+from deepseek_operator.core.situation import NODE_LOST, Situation, survey
 
 CREATED_LOOK_S = 1.0  # what was created shows by then, or was refused, which nobody tells
 
@@ -31,8 +31,10 @@ RULES: tuple[Rule, ...] = (
     replacement.fill,
     replacement.respawn,
     replacement.unblock,
+    replacement.tolerate,
     replacement.tidy,
     membership.worker_errors,
+    replacement.evacuate,
     membership.end,
     membership.form,
     membership.grow,
@@ -68,9 +70,9 @@ def _composed(s: Situation, decision: Plan) -> Plan:
     later = [
         decision.requeue_after_s or (CREATED_LOOK_S if decision.creates else None),
         _progress_wait_s(s, wait_s, written),
-        s.heartbeat_timeout_s if s.doubt else None,
+        s.doubt_s,
         elastic.wait_s(s),
-        nodes.exclusion_wait_s(s, after) if after.excluded_nodes else None,
+        nodes.wait_s(s, after),
     ]
     return replace(
         decision,
@@ -127,6 +129,17 @@ def _events(
         )
         for entry in after.history
         if entry.time + entry.reason not in known
+    ]
+    avoided = {n.name for n in before.excluded_nodes}
+    found += [
+        Event(
+            type="Warning",
+            reason="NodeExcluded",
+            message=f"new worker pods avoid node {n.name}: {n.reason}",
+            at_s=now_s,
+        )
+        for n in after.excluded_nodes
+        if n.name not in avoided and n.reason != NODE_LOST  # which has its own event
     ]
     for said in after.conditions:
         event = _event(condition(before, said.type), said, now_s)

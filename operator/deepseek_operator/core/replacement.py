@@ -9,10 +9,13 @@ from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
 from deepseek_operator.core.manifests import gang, supporting
 from deepseek_operator.core.model import Plan, PodDelete, PodView
-from deepseek_operator.core.situation import Situation, Slot
+from deepseek_operator.core.situation import Situation, Slot, SlotState
 from deepseek_operator.core.words import pod_problem
 
 REFUSED_RETRY_S = 15.0
+TOLERATE_AFTER_S = 10.0  # what ends elsewhere may make room meanwhile
+AFFINITY = "affinity"  # the scheduler's word for nodes that a pod must not use
+MOVABLE: tuple[SlotState, ...] = ("starting", "joining", "running")
 START_GRACE_S = 600.0  # a registry may be away for a while; a name that is wrong stays so
 SUPPLY_RETRY_S = 10.0
 
@@ -66,6 +69,43 @@ def stillborn(s: Situation) -> Plan | None:
         return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
     deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in found)
     return Plan(status=after, deletes=deletes)
+
+
+def evacuate(s: Situation) -> Plan | None:
+    """Workers leave a node that is broken, is about to go, or has failed them repeatedly.
+
+    They save and end as when they are deleted, and are made again elsewhere.
+    """
+    if s.in_state("vacant"):
+        return None  # a cache that lags may hide a living pod: no new attempt before it shows
+    pods = [slot.pod for slot in s.in_state(*MOVABLE) if slot.pod]
+    moved = [(pod, why) for pod in pods if (why := nodes.must_leave(s, pod))]
+    if not moved:
+        return None
+    members = s.membership.pod_uids if s.membership else ()
+    after, inside = s.status, any(pod.uid in members for pod, _ in moved)
+    # What made a node one to avoid is counted already; what it says of itself is not.
+    causes = [evidence.moved_pod(s, pod, why) for pod, why in moved if nodes.is_troubled(s, pod)]
+    if causes and not (inside and s.accounted):
+        failure = min(causes, key=lambda f: f.severity)
+        after = failures.record(s, failure, generation=s.status.generation if inside else 0)
+        if last := failures.verdict(s, failure, after):
+            return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
+    after = after.model_copy(update={"attempt": after.attempt + 1})
+    deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in moved)
+    return Plan(status=after, deletes=deletes)
+
+
+def tolerate(s: Situation) -> Plan | None:
+    """Where pods find no node because they avoid some, the mildest of those is used again."""
+    waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
+    for pod in waiting:
+        affected = not pod.node and AFFINITY in pod.unschedulable
+        if affected and s.now_s - pod.created_at_s >= TOLERATE_AFTER_S:
+            after = nodes.tolerating(s, pod.excluded_nodes)
+            if after:
+                return Plan(status=after)
+    return None
 
 
 def fill(s: Situation) -> Plan | None:
@@ -178,4 +218,4 @@ def _avoids(s: Situation, pod: PodView) -> bool:
     """Whether a pod finds no node because it was made to avoid one that is good again."""
     if pod.node or not pod.unschedulable:
         return False
-    return bool(set(pod.excluded_nodes) - set(nodes.excluded_nodes(s, s.status)))
+    return bool(set(pod.excluded_nodes) - {n.name for n in nodes.excluded(s, s.status)})

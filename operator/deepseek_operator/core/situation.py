@@ -21,6 +21,7 @@ from deepseek_operator.core.model import (
     Gathering,
     Membership,
     MemberView,
+    NodeView,
     Observed,
     PodView,
     Settings,
@@ -31,6 +32,11 @@ NODE_LOST = "NodeLost"
 
 # A listener that hears nobody at all is more likely deaf than alone: wait this much longer.
 DEAF_FACTOR = 6.0
+
+# A node under load is late with its beats. One that is silent for twice as long as it lately was
+# is silent for another reason.
+GAPS_MISSED = 2.0
+LOOK_AGAIN_S = 0.1
 
 SlotState = Literal[
     "vacant",  # nothing there: make a pod under the current attempt
@@ -67,7 +73,7 @@ class Situation:
     settings: Settings
     now_s: float
     desired: int
-    doubt: bool  # somebody may be lost: look again although nothing may be heard
+    doubt_s: float | None  # when to look again whether somebody is lost, though nothing is heard
     slots: tuple[Slot, ...] = ()
     surplus: tuple[PodView, ...] = ()  # pods that hold no slot
     lost_surplus: frozenset[str] = frozenset()  # uids of those that cannot be reached
@@ -86,11 +92,6 @@ class Situation:
     def membership(self) -> Membership | None:
         """The current generation, if one is formed."""
         return self.observed.gathering.membership
-
-    @cached_property
-    def heartbeat_timeout_s(self) -> float:
-        """Silence that makes a member lost."""
-        return duration_s(self.spec.recovery.heartbeat_timeout)
 
     @cached_property
     def min_replicas(self) -> int:
@@ -120,6 +121,11 @@ class Situation:
         """The next attempt under which no pod of an earlier training still has a name."""
         others = [p.attempt for p in self.observed.pods if p.training_uid != self.training.uid]
         return max([self.status.attempt, *others]) + 1
+
+    @cached_property
+    def troubled_nodes(self) -> tuple[NodeView, ...]:
+        """Those that say that something is broken, or that they are about to go."""
+        return tuple(n for n in self.observed.nodes.values() if n.fault or n.leaving)
 
     def in_state(self, *states: SlotState) -> tuple[Slot, ...]:
         """The slots in one of these states."""
@@ -162,8 +168,9 @@ def survey(
     reach = Reach(
         training.status, observed, duration_s(spec.recovery.heartbeat_timeout), own, now_s
     )
-    doubt = any(reach.doubtful(p) and not reach.lost(p) for p in own)
-    bare = Situation(training, spec, observed, settings, now_s, desired, doubt)
+    doubts = [reach.doubt_s(p) for p in own if not reach.lost(p)]
+    doubt_s = min((d for d in doubts if d is not None), default=None)
+    bare = Situation(training, spec, observed, settings, now_s, desired, doubt_s)
     by_slot: dict[int, list[PodView]] = {}
     for pod in own:
         by_slot.setdefault(pod.slot, []).append(pod)
@@ -194,35 +201,49 @@ class Reach:
         self.members = {m.pod_uid: m for m in observed.gathering.members}
         self._condemned = {h.pod for h in status.history if h.reason == NODE_LOST}
         heard_of = [m for p in own if not p.finished and (m := self.members.get(p.uid)) is not None]
-        deaf = len(heard_of) > 1 and all(m.silent_s > timeout_s for m in heard_of)
-        self._silence_s = timeout_s * DEAF_FACTOR if deaf else timeout_s
+        self._deaf = len(heard_of) > 1 and all(m.silent_s > timeout_s for m in heard_of)
 
     def lost(self, pod: PodView) -> bool:
         """Whether to take the pod for dead although the cluster still shows it."""
         if pod.finished or not pod.node:
             return False
         member = self.members.get(pod.uid)
-        node = self._nodes.get(pod.node)
-        if node is not None and not node.ready:
+        if self._down(pod):
             return self._silent_s(pod) > self._timeout_s
         if pod.deleting:  # its kubelet is there and ends it
             return False
         if member is None:
             return pod.name in self._condemned  # decided before, and not finished
-        return member.state != "done" and member.silent_s > self._silence_s
+        return member.state != "done" and member.silent_s > self._patience_s(member)
 
-    def doubtful(self, pod: PodView) -> bool:
-        """Whether a pod that is not lost may soon be, without any further news of it."""
+    def doubt_s(self, pod: PodView) -> float | None:
+        """Seconds after which a pod may be lost without any further news of it."""
+        member = self.members.get(pod.uid)
+        if pod.finished:
+            return None
+        if self._down(pod):
+            return max(LOOK_AGAIN_S, self._timeout_s - self._silent_s(pod))
+        if member is None or pod.deleting or member.state == "done":
+            return None
+        if member.silent_s <= self._timeout_s:  # the coordinator tells when that is over
+            return None
+        return max(LOOK_AGAIN_S, self._patience_s(member) - member.silent_s)
+
+    def _down(self, pod: PodView) -> bool:
         node = self._nodes.get(pod.node)
-        down = node is not None and not node.ready
-        return not pod.finished and (down or self._silent_s(pod, unknown_s=0) > self._timeout_s)
+        return node is not None and not node.ready
 
-    def _silent_s(self, pod: PodView, unknown_s: float | None = None) -> float:
+    def _patience_s(self, member: MemberView) -> float:
+        """Silence that makes a member lost: more for one whose beats are late at times."""
+        longest_s = self._timeout_s * DEAF_FACTOR
+        if self._deaf:
+            return longest_s
+        return min(longest_s, max(self._timeout_s, member.gap_s * GAPS_MISSED))
+
+    def _silent_s(self, pod: PodView) -> float:
         member = self.members.get(pod.uid)
         if member:
             return member.silent_s
-        if unknown_s is not None:
-            return unknown_s
         return min(self._listening_s, self._now_s - pod.created_at_s)
 
 

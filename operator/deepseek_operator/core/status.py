@@ -15,6 +15,7 @@ from dstrain_api.status import (
     WorkersStatus,
 )
 
+from deepseek_operator.core import nodes
 from deepseek_operator.core.clock import rfc3339, seconds
 from deepseek_operator.core.conditions import (
     ConditionStatus,
@@ -26,12 +27,10 @@ from deepseek_operator.core.conditions import (
 from deepseek_operator.core.manifests import selector_labels
 from deepseek_operator.core.membership import SHRUNK
 from deepseek_operator.core.model import Membership, Plan, Training
-from deepseek_operator.core.nodes import excluded_nodes
 from deepseek_operator.core.situation import ALIVE, Situation
 from deepseek_operator.core.volumes import public_uri
 from deepseek_operator.core.words import eta_s, pod_problem, shortened, summary, waiting_for
 
-EXCLUDED_LIMIT = 32
 _ENDS: tuple[Literal["Complete", "Failed", "Suspended"], ...] = ("Complete", "Failed", "Suspended")
 
 
@@ -58,7 +57,7 @@ def report(s: Situation, decision: Plan) -> DeepSeekTrainingStatus:
             "progress": _progress(s, running=running),
             "checkpoint": _checkpoint(s),
             "history": _recovered(s, after.history),
-            "excluded_nodes": [] if ended else list(excluded_nodes(s, after))[:EXCLUDED_LIMIT],
+            "excluded_nodes": [] if ended else nodes.excluded(s, after),
         }
     )
     message = _message(s, after, current)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from dstrain_api import constants as names
 from dstrain_api.config import TrainerConfig
-from dstrain_api.quantities import quantity
+from dstrain_api.quantities import duration_s, quantity
 from dstrain_api.spec import (
     DeepSeekTrainingSpec,
     EntrypointSpec,
@@ -24,6 +24,7 @@ from deepseek_operator.core.model import Settings, Training
 # GRACE_S: the difference is for the agent to say that it leaves.
 SHUTDOWN_S = 90
 GRACE_S = 120
+BEATS_MISSED = 3  # by a pod that is taken for lost
 USER_ID = 10001  # of the trainer image
 CA_FOLDER, CA_KEY = "/etc/dstrain", "ca.crt"
 RDZV_PORTS = {"http": 80, "https": 443}
@@ -96,7 +97,7 @@ def environment(
         names.ENV_TRAINING_UID: training.uid,
         names.ENV_NAMESPACE: training.namespace,
         names.ENV_SLOT: str(slot),
-        names.ENV_BEAT_INTERVAL: f"{settings.beat_interval_s:g}",
+        names.ENV_BEAT_INTERVAL: f"{_beat_interval_s(spec, settings):g}",
         names.ENV_METRICS_PORT: str(names.METRICS_PORT),
         names.ENV_CHECKPOINT_DIR: volumes.folder(
             volumes.checkpoint_uri(training.name, spec.checkpoint)
@@ -107,6 +108,8 @@ def environment(
         "HOME": "/tmp",  # noqa: S108, an empty folder of the pod; the user has no other
         "PYTHONUNBUFFERED": "1",
     }
+    if spec.recovery.hang_timeout != "auto":
+        plain[names.ENV_HANG_TIMEOUT] = f"{duration_s(spec.recovery.hang_timeout):g}"
     if settings.coordinator_ca:
         plain[names.ENV_CA_FILE] = f"{CA_FOLDER}/{CA_KEY}"
     config = trainer_config(training.name, spec)
@@ -125,6 +128,12 @@ def environment(
         {"name": names.ENV_TOKEN, "valueFrom": token},
         *({"name": k, "value": v} for k, v in sorted(net.env.items())),
     ]
+
+
+def _beat_interval_s(spec: DeepSeekTrainingSpec, settings: Settings) -> float:
+    """Three beats fit into the silence that makes a pod lost, whatever the operator is set to."""
+    longest_s = duration_s(spec.recovery.heartbeat_timeout) / BEATS_MISSED
+    return min(settings.beat_interval_s, longest_s)
 
 
 def trainer_config(training: str, spec: DeepSeekTrainingSpec) -> TrainerConfig | None:

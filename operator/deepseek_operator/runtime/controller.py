@@ -339,7 +339,11 @@ class Controller:
         name = (after or before).name  # type: ignore[union-attr]
         held = (k for k, pods in self._pods.items() if any(p.node == name for p in pods.values()))
         self._wake(held)
-        self._wake(k for k, t in self.trainings.items() if name in t.status.excluded_nodes)
+        self._wake(
+            key
+            for key, training in self.trainings.items()
+            if any(n.name == name for n in training.status.excluded_nodes)
+        )
 
     def _wake(self, keys: Iterable[Key]) -> None:
         for key in keys:

@@ -38,6 +38,7 @@ from deepseek_operator.core.model import (
 MEMBERS_LIMIT = 25_000  # pods remembered per training; the API allows 20,000 workers
 FENCED_LIMIT = 50_000  # pod uids remembered as refused; the oldest are forgotten first
 ERRORS_LIMIT = 64  # errors kept per generation: enough to find the one that came first
+GAP_DECAY = 0.98  # per beat: half of a long gap is forgotten after 34 of them
 STRANGER_LIFETIME_S = 600.0  # a silent pod outside the membership is forgotten after this
 
 
@@ -61,6 +62,7 @@ class _Member:
     node: str
     generation: int
     heard_at_s: float
+    gap_s: float = 0.0
     state: Literal["joining", "running", "done", "leaving"] = "joining"
     silent: bool = False
     joined_from: int = -1  # generation its last join named; -1: it has not joined here yet
@@ -79,6 +81,7 @@ class _Member:
             state=self.state,
             generation=self.generation,
             silent_s=max(0.0, now_s - self.heard_at_s),
+            gap_s=self.gap_s,
             address=self.address,
             port=self.port,
             group_world_size=self.group_world_size,
@@ -312,6 +315,7 @@ class Roster:
         return member
 
     def _heard(self, member: _Member, now_s: float) -> None:
+        member.gap_s = max(now_s - member.heard_at_s, member.gap_s * GAP_DECAY)
         member.heard_at_s = now_s
         if member.silent:
             member.silent = False

@@ -99,6 +99,8 @@ class Node:
     connected: bool = True
     away_since_s: float | None = None
     ready: bool = True  # as the API server shows it
+    fault: bool = False
+    leaving: bool = False
 
     @property
     def reachable(self) -> bool:
@@ -151,6 +153,22 @@ class Kubelets:
         if was and not node.reachable:
             node.away_since_s = self.clock()
 
+    def say(self, name: str, *, fault: bool, leaving: bool) -> None:
+        """Let a node say that it is broken, or that it is about to go; or that all is well."""
+        self.nodes[name].fault, self.nodes[name].leaving = fault, leaving
+        self._show(self.nodes[name])
+
+    def _show(self, node: Node) -> None:
+        ready = {"type": "Ready", "status": "True" if node.ready else "Unknown"}
+        said = [{"type": "GpuUnhealthy", "status": "True"}] if node.fault else []
+        taints = [{"key": "karpenter.sh/disrupted"}] if node.leaving else []
+
+        def change(stored: dict[str, Any]) -> None:
+            stored["status"]["conditions"] = [ready, *said]
+            stored["spec"]["taints"] = taints
+
+        self.cluster.edit(NODES, "", node.name, change)
+
     def _judge(self, node: Node) -> None:
         if node.reachable:
             ready = True
@@ -158,7 +176,7 @@ class Kubelets:
             ready = self.clock() - (node.away_since_s or 0.0) < NOT_READY_AFTER_S and node.ready
         if ready != node.ready:
             node.ready = ready
-            self.cluster.put_node(node.name, ready=ready)
+            self._show(node)
 
     def _schedule(self, pod: dict[str, Any]) -> None:
         meta = pod["metadata"]
@@ -184,7 +202,7 @@ class Kubelets:
                 "type": "PodScheduled",
                 "status": "False",
                 "reason": "Unschedulable",
-                "message": f"0/{len(self.nodes)} nodes are available.",
+                "message": f"0/{len(self.nodes)} nodes are available: node affinity, cpu.",
             }
             self.cluster.set_pod_status(meta["namespace"], meta["name"], {"conditions": [said]})
 

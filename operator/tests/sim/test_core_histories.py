@@ -181,6 +181,13 @@ class Histories(RuleBasedStateMachine):
         self.world.kubelets.set_reachable(node, connected=connected)
         self._pass(after)
 
+    @rule(node=nodes, fault=st.booleans(), leaving=st.booleans(), after=ticks)
+    def a_node_says_how_it_is(self, node: str, fault: bool, leaving: bool, after: int) -> None:
+        self.promises.faults["infrastructure"] += fault
+        self.promises.faults["preemption"] += leaving
+        self.world.kubelets.say(node, fault=fault, leaving=leaving)
+        self._pass(after)
+
     # The operator's own troubles.
 
     @rule(ticks=st.integers(0, 8))

@@ -28,6 +28,7 @@ def fails_at(case, step, generation, **error):
     case.pods.clear()
     case.members.clear()
     case.running(0, 1, generation=generation)
+    case.change_pod(1, node=f"x{generation}")  # so that no node is to blame
     case.knows(errors=(), progress=case.gathering.progress.model_copy(update={"step": step}))
     case.error(1, **{"step": step, "fingerprint": f"f{generation}", **error})
     decided = case.plan()
