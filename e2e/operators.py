@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from e2e.apiserver import ApiServer
+from e2e.apiserver import ApiServer, free_ports
 from e2e.clusters.shell import wait_until
 
 NAMESPACE, SERVICE = "operators", "operator"
@@ -42,7 +41,8 @@ def prepare(server: ApiServer) -> None:
 class OperatorProcess:
     """One replica. `number` gives it its pod name and address; 0 is an operator without a Lease."""
 
-    def __init__(self, kubeconfig: Path, folder: Path, number: int = 0, **environment: str) -> None:
+    def __init__(self, kubeconfig: Path, folder: Path, number: int = 0) -> None:
+        (port,) = free_ports(1)
         self.name = f"operator-{number}"
         self.address = f"10.244.0.{number}"  # only written down: an EndpointSlice takes no loopback
         self.log_path = folder / f"{self.name}.log"
@@ -58,17 +58,17 @@ class OperatorProcess:
             "DSTRAIN_TRAINER_IMAGE": "registry.example/trainer:1",
             "DSTRAIN_COORDINATOR_URL": f"http://{SERVICE}.{NAMESPACE}.svc:8080",
             "DSTRAIN_COORDINATOR_HOST": "127.0.0.1",
-            "DSTRAIN_COORDINATOR_PORT": "0",
+            "DSTRAIN_COORDINATOR_PORT": str(port),
             "DSTRAIN_TOKEN_KEY": TOKEN_KEY,
             **(replica if number else {}),
-            **environment,
         }
         self.process: subprocess.Popen[bytes]
-        self.url = ""
+        self.url = f"http://127.0.0.1:{port}"
 
     def start(self) -> None:
         """Start, or start again; returns when it answers."""
         said = len(self.log)
+        port = self.url.rpartition(":")[2]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [Path(sys.executable).with_name("dstrain-operator")],
@@ -76,16 +76,14 @@ class OperatorProcess:
                 stdout=log,
                 stderr=log,
             )
-        listening = re.compile(r"listening on port (\d+)")
+        listening = f"listening on port {port}"
         wait_until(
-            lambda: bool(listening.search(self.log, said)) or self.process.poll() is not None,
+            lambda: listening in self.log[said:] or self.process.poll() is not None,
             f"{self.name} to listen",
             timeout_s=START_S,
             interval_s=0.02,
         )
-        found = listening.search(self.log, said)
-        assert found, self.log
-        self.url = f"http://127.0.0.1:{found[1]}"
+        assert listening in self.log[said:], self.log
 
     @property
     def log(self) -> str:

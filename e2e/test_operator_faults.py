@@ -6,9 +6,13 @@ decides what happens. e2e/test_scenarios.py has the same on a whole cluster.
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,18 @@ import httpx
 import pytest
 
 from e2e.apiserver import ApiServer, api_server
+from e2e.border import Asked, Border, border
 from e2e.clusters import programs
-from e2e.clusters.shell import wait_until
+from e2e.clusters.shell import ClusterError, wait_until
 from e2e.operators import OperatorProcess, destinations, lease, prepare
+from e2e.puppets import Puppets, puppets
 from e2e.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
+WAIT_S = 60.0
+LIFE_S = 240.0
+LONGEST_LIFE = 32  # more writes than a training needs for everything that happens to it here
+AWAY_S = 20.0  # longer than a Lease lasts, and than an operator decides without contact
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +50,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 
 @pytest.fixture
+def between(server: ApiServer, tmp_path: Path) -> Iterator[Border]:
+    """What operators of this test reach the API server through, if they are told to."""
+    with border(server, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
 def start(server: ApiServer, tmp_path: Path) -> Iterator[Callable[..., OperatorProcess]]:
     """Starts operators that are gone after the test."""
     started: list[OperatorProcess] = []
 
-    def make(number: int = 0) -> OperatorProcess:
-        made = OperatorProcess(server.kubeconfig, tmp_path, number)
+    def make(number: int = 0, through: Border | None = None) -> OperatorProcess:
+        kubeconfig = through.kubeconfig if through else server.kubeconfig
+        made = OperatorProcess(kubeconfig, tmp_path, number)
         made.start()
         started.append(made)
         return made
@@ -79,6 +97,30 @@ def apply(server: ApiServer, name: str, **spec: Any) -> None:
 
 def pods(server: ApiServer) -> list[str]:
     return server.kubectl("get", "pods", "-o", "name").split()
+
+
+def status(server: ApiServer, name: str) -> dict[str, Any]:
+    found = server.kubectl("get", "dst", name, "--ignore-not-found", "-o", "json")
+    return dict(json.loads(found).get("status") or {}) if found else {}
+
+
+def wait_running(server: ApiServer, name: str, played: Puppets, generation: int) -> None:
+    """Wait until both agents run the generation and the status says so."""
+
+    def runs() -> bool:
+        now = status(server, name)
+        return (
+            now.get("generation") == generation
+            and now["phase"] == "Running"
+            and [a.generation for a in played.of(name)] == [generation] * 2
+        )
+
+    wait_until(runs, f"generation {generation}", timeout_s=WAIT_S)
+
+
+def suspend(server: ApiServer, name: str, suspended: bool) -> None:
+    patch = json.dumps({"spec": {"suspend": suspended}})
+    server.kubectl("patch", "dst", name, "--type=merge", "-p", patch)
 
 
 def is_leader(one: OperatorProcess) -> Callable[[], bool]:
@@ -163,3 +205,172 @@ def test_a_leader_that_stood_still_acts_no_more_and_starts_anew(
     assert lease(server)["holderIdentity"] == standby.name
     apply(server, training)
     wait_until(lambda: len(pods(server)) == 2, "two pods", timeout_s=10)
+
+
+def test_an_api_server_that_is_away_changes_nothing(
+    server: ApiServer, start: Callable[..., OperatorProcess], training: str
+) -> None:
+    leader, standby = two(start)
+    with puppets(server, lambda: leader.url) as played:
+        apply(server, training)
+        wait_running(server, training, played, 1)
+        before = pods(server)
+        agents = played.of(training)
+        server.stop()
+        away_s = time.monotonic()
+        wait_until(lambda: not leader.leads, "the leader to hold back", timeout_s=12)
+        for one in (leader, standby):
+            assert one.probe("healthz").is_success, "a restart would not help"
+            assert one.probe("readyz").is_success
+        time.sleep(max(0.0, away_s + AWAY_S - time.monotonic()))
+        assert {a.generation for a in agents} == {1}, "agents go on"
+        assert all(a.codes[503] for a in agents), "the leader did not know whether it still led"
+        server.start()
+        wait_until(lambda: leader.leads, "the leader", timeout_s=10)
+        heard = [a.codes[200] for a in agents]
+        wait_until(
+            lambda: all(a.codes[200] > n for a, n in zip(agents, heard, strict=True)),
+            "beats to be heard",
+            timeout_s=5,
+        )
+        # It looks at everything again, and finds nothing to do.
+        wait_until(lambda: "all can be seen" in leader.log, "its caches", timeout_s=30)
+        assert pods(server) == before
+        assert status(server, training)["generation"] == 1
+        assert not status(server, training).get("history")
+        played.fail(training, 1)
+        wait_running(server, training, played, 2)
+        assert played.broken == []
+    assert lease(server)["leaseTransitions"] == 0
+
+
+def test_an_api_server_that_is_too_busy_is_left_in_peace_for_as_long_as_it_asks(
+    server: ApiServer, start: Callable[..., OperatorProcess], training: str, between: Border
+) -> None:
+    operator = start(0, between)
+    with puppets(server, lambda: operator.url) as played:
+        apply(server, training)
+        wait_running(server, training, played, 1)
+        between.throttled = True
+        played.fail(training, 0)
+        asked = len(between.asked)
+        wait_until(lambda: len(between.asked) > asked, "a request", timeout_s=10)
+        time.sleep(6)
+        between.throttled = False
+        refused = [a for a in between.asked[asked:] if a.code == 429 and a.is_write]
+        # One training has one call under way at a time.
+        gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(refused)]
+        assert refused
+        assert min(gaps) > 0.95, gaps
+        wait_running(server, training, played, 2)
+        assert played.broken == []
+
+
+def test_watches_that_break_and_a_history_that_is_gone_cost_a_list_and_make_no_pod_twice(
+    server: ApiServer, start: Callable[..., OperatorProcess], training: str, between: Border
+) -> None:
+    operator = start(0, between)
+    with puppets(server, lambda: operator.url) as played:
+        apply(server, training)
+        wait_running(server, training, played, 1)
+        for generation in (2, 3):
+            between.forgetful = generation == 3
+            between.cut_watches()
+            lost = played.of(training)[0].name
+            server.kubectl("delete", "pod", lost, "--force", "--grace-period=0", "--wait=false")
+            time.sleep(2)  # in which nobody watches
+            between.forgetful = False
+            wait_running(server, training, played, generation)
+        assert len(played.made[training]) == 4
+        assert played.broken == []
+    assert any(a.code == 410 for a in between.asked)
+
+
+def test_killed_after_any_write_of_a_life_the_operator_finishes_it_and_does_nothing_twice(
+    server: ApiServer, start: Callable[..., OperatorProcess], between: Border, report: Report
+) -> None:
+    """The operator is killed after the first write for training t01, the second for t02, and so on.
+
+    The write is stored, its answer is never seen. All trainings live through all kills.
+    """
+    names = [f"t{number:02}" for number in range(1, LONGEST_LIFE + 1)]
+    operator = start(0, between)
+    writes: Counter[str] = Counter()
+    deaths: dict[str, str] = {}
+
+    def kill(asked: Asked) -> None:
+        name = asked.name[:3]
+        writes[name] += asked.code < 300
+        if name in names and writes[name] == int(name[1:]) and name not in deaths:
+            operator.process.kill()
+            deaths[name] = f"{asked.method} {asked.name}"
+
+    between.after_write = kill
+    began_s = time.monotonic()
+    with kept_up(operator), puppets(server, lambda: operator.url) as played:
+        live(server, names, played)
+    assert operator.log.count("listening on port") > len(deaths) / 2
+    assert max(writes.values()) < LONGEST_LIFE, f"not every write had its turn: {writes}"
+    report.time(f"{len(names)} lives with {len(deaths)} kills", time.monotonic() - began_s)
+    report.text("the writes after which the operator was killed", "\n".join(deaths.values()))
+
+
+@contextmanager
+def kept_up(operator: OperatorProcess) -> Iterator[None]:
+    """What a kubelet does with a container that ended."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(0.02):
+            if operator.process.poll() is not None:
+                operator.start()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    yield
+    ended.set()
+    keeper.join()
+
+
+def live(server: ApiServer, names: list[str], played: Puppets) -> None:
+    """Trainings are made, lose a pod each, are suspended, resumed and deleted."""
+
+    def wait_all(what: str, holds: Callable[[str, dict[str, Any]], bool]) -> None:
+        def all_hold() -> bool:
+            found = json.loads(server.kubectl("get", "dst", "-o", "json"))["items"]
+            now = {item["metadata"]["name"]: item.get("status") or {} for item in found}
+            behind[:] = [name for name in names if not holds(name, now[name])]
+            return not behind
+
+        behind: list[str] = []
+        try:
+            wait_until(all_hold, what, timeout_s=LIFE_S, interval_s=0.5)
+        except ClusterError as error:
+            error.add_note(f"{behind}, {played.broken}")
+            raise
+
+    def runs(name: str, now: dict[str, Any]) -> bool:
+        agents = [a.generation for a in played.of(name)]
+        return now.get("phase") == "Running" and agents == [now["generation"]] * 2
+
+    for name in names:
+        apply(server, name, recovery={"heartbeatTimeout": "60s"})
+    wait_all("the first generation", runs)
+    for name in names:
+        played.fail(name, 1)
+    wait_all("a failure", lambda _name, now: bool(now.get("history")))
+    wait_all("the next generation", runs)
+    for name in names:
+        suspend(server, name, True)
+    wait_all("suspension", lambda _name, now: now["phase"] == "Suspended")
+    wait_until(lambda: not pods(server), "no pods", timeout_s=WAIT_S)
+    for name in names:
+        suspend(server, name, False)
+    wait_all("the generation after", runs)
+    wait_all("one failure", lambda _name, now: sum(now["restarts"].values()) == 1)
+    server.kubectl("delete", "dst", "--all", "--wait=false")
+    wait_until(
+        lambda: not server.kubectl("get", "dst", "-o", "name"), "their end", timeout_s=WAIT_S
+    )
+    assert played.broken == []
+    assert {name: len(uids) for name, uids in played.made.items()} == dict.fromkeys(names, 5)

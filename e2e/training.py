@@ -61,6 +61,7 @@ class Training:
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._watch: subprocess.Popen[str] | None = None
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -71,13 +72,8 @@ class Training:
         self.applied_at_s = time.monotonic()
         self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(self.manifest))
         if self._watch is None:
-            command = ["kubectl", "get", "dst", self.name, "--namespace", self.namespace]
-            command += ["--watch", "--output-watch-events", "-o", "json"]
-            environment = {**os.environ, **self.cluster.exports()}
-            self._watch = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            threading.Thread(target=self._read, args=(self._watch,), daemon=True).start()
+            self._watch = self._start_watch()
+            threading.Thread(target=self._read, daemon=True).start()
 
     def patch(self, **spec: object) -> None:
         """`kubectl patch` of the spec's top-level fields."""
@@ -90,6 +86,7 @@ class Training:
 
     def close(self) -> None:
         """End the watch."""
+        self._closed = True
         if self._watch is not None:
             self._watch.kill()
             self._watch.wait()
@@ -166,13 +163,29 @@ class Training:
                 parts.append(f"--- {name}: no log ({error})")
         return "\n".join(parts)
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            document = json.loads(line)
-            with self._changed:
-                self.seen.append(Seen(time.monotonic(), document["type"], document["object"]))
-                self._changed.notify_all()
+    def _start_watch(self) -> subprocess.Popen[str]:
+        command = ["kubectl", "get", "dst", self.name, "--namespace", self.namespace]
+        command += ["--watch", "--output-watch-events", "-o", "json"]
+        environment = {**os.environ, **self.cluster.exports()}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def _read(self) -> None:
+        """Keep every version. A watch ends when the API server is away: then there is another."""
+        while not self._closed and self._watch is not None:
+            assert self._watch.stdout is not None
+            for line in self._watch.stdout:
+                document = json.loads(line)
+                if document["type"] == "ERROR":
+                    break
+                with self._changed:
+                    seen = Seen(time.monotonic(), document["type"], document["object"])
+                    self.seen.append(seen)
+                    self._changed.notify_all()
+            self._watch.kill()
+            self._watch.wait()
+            time.sleep(0.5)
+            if not self._closed:
+                self._watch = self._start_watch()
 
 
 STEP_LINE = re.compile(r"step[= ](\d+)\b.*?\bloss[= ]([0-9.]+)")
