@@ -111,6 +111,16 @@ _RANK_ZERO = _exposed(
         "Steps whose update was skipped because the gradient was not finite.",
     ),
     Metric(
+        "dstrain_loss_spikes_total",
+        "counter",
+        "Times that the loss jumped far above what it had been.",
+    ),
+    Metric(
+        "dstrain_rollbacks_total",
+        "counter",
+        "Times that training went back to a checkpoint because of bad numbers.",
+    ),
+    Metric(
         "dstrain_checkpoint_stall_seconds_total",
         "counter",
         "Time by which checkpoints and local copies have held up training.",

@@ -10,6 +10,7 @@ from dstrain_api.config import TrainerConfig
 from deepseek_trainer import reporting
 from deepseek_trainer.flops import flops_per_token, peak_flops
 from deepseek_trainer.optim.totals import StepTotals
+from deepseek_trainer.optim.watch import Verdict
 from deepseek_trainer.parallel.mesh import Mesh
 from deepseek_trainer.state.checkpoint import SavingFigures
 from deepseek_trainer.state.progress import Progress
@@ -27,24 +28,25 @@ class Console:
         config: of the training.
         mesh: rank 0 speaks for all; the others report their own step only.
         total_steps: steps until complete.
-        resumed_step: step that this generation resumed from; 0 from scratch.
+        resumed: where this generation began.
     """
 
     def __init__(
-        self, config: TrainerConfig, mesh: Mesh, *, total_steps: int, resumed_step: int
+        self, config: TrainerConfig, mesh: Mesh, *, total_steps: int, resumed: Progress
     ) -> None:
         self._first = mesh.rank == 0
         self._total_steps = total_steps
-        self._resumed_step = resumed_step
+        self._resumed_step = resumed.step
+        self._rollbacks_before = resumed.rollbacks
         self._tokens_per_step = config.training.global_batch * config.data.sequence_length
         peak = peak_flops(mesh.device, config.precision.compute)
         flops = flops_per_token(config.architecture, config.data.sequence_length)
         self._mfu_per_rate = flops / (peak * mesh.world) if peak else None
         self._ends_s = deque([time.monotonic()], maxlen=_WINDOW_STEPS + 1)
-        self._skipped = 0
+        self._skipped = self._spikes = 0
         self._next_report_s = self._next_print_s = 0.0
         if self._first:
-            start = f"resumed at step {resumed_step}" if resumed_step else "from scratch"
+            start = f"resumed at step {resumed.step}" if resumed.step else "from scratch"
             layout = ", ".join(f"{name} {size}" for name, size in mesh.layout.to_json().items())
             _log.info("training %s to step %d; %s", start, total_steps, layout)
 
@@ -52,6 +54,7 @@ class Console:
         self,
         progress: Progress,
         totals: StepTotals,
+        verdict: Verdict,
         *,
         learning_rate: float,
         saving: SavingFigures,
@@ -59,6 +62,11 @@ class Console:
     ) -> None:
         """A step was taken or skipped."""
         self._skipped += not totals.finite
+        if verdict.kind == "spike" and verdict.begins:
+            self._spikes += 1
+            if self._first:
+                loss = totals.loss_sum / self._tokens_per_step
+                _log.warning("step %d: the loss jumped to %.4f", progress.step, loss)
         now_s = time.monotonic()
         self._ends_s.append(now_s)
         if last or now_s >= self._next_report_s:
@@ -88,6 +96,8 @@ class Console:
             "dstrain_grad_norm": totals.norm,
             "dstrain_learning_rate": learning_rate,
             "dstrain_skipped_steps_total": self._skipped,
+            "dstrain_loss_spikes_total": self._spikes,
+            "dstrain_rollbacks_total": progress.rollbacks - self._rollbacks_before,
             "dstrain_checkpoint_stall_seconds_total": saving.stall_s,
         }
         if saving.verified_step:
@@ -101,6 +111,8 @@ class Console:
             step_seconds=self._ends_s[-1] - self._ends_s[-2],
             mfu=None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
             resumed_step=self._resumed_step,
+            skipped_steps=progress.skipped_steps,
+            rollbacks=progress.rollbacks,
             verified_step=saving.verified_step,
             metrics=metrics,
         )

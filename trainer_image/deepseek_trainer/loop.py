@@ -25,6 +25,7 @@ from deepseek_trainer.model.deepseek import DeepSeek
 from deepseek_trainer.model.moe import moved_bias
 from deepseek_trainer.optim.adamw import ShardedAdamW
 from deepseek_trainer.optim.totals import NO_FLAGS, Flags, StepTotals, reduce_totals
+from deepseek_trainer.optim.watch import Watch, next_batch, touches
 from deepseek_trainer.parallel.mesh import join_world, make_mesh, plan_layout
 from deepseek_trainer.parallel.shard import sharded, spread
 from deepseek_trainer.schedule import learning_rate
@@ -36,9 +37,15 @@ from deepseek_trainer.state.pace import Pace
 from deepseek_trainer.state.progress import Progress
 from deepseek_trainer.state.verify import Verifier
 
+_log = logging.getLogger(__name__)
+
 
 class NonFiniteGradient(RuntimeError):
     """A gradient is NaN or infinite, and optimizer.onNonFinite is stop."""
+
+
+class RollbackFailed(RuntimeError):
+    """Numbers are bad, and going back to a checkpoint cannot mend them."""
 
 
 @dataclass
@@ -58,6 +65,7 @@ def main(config: TrainerConfig) -> int:
     Raises:
         ValueError: the configuration contradicts itself, the world, the data or the checkpoint.
         NoUsableCheckpoint: all checkpoints are damaged.
+        NonFiniteGradient, RollbackFailed: the numbers are bad.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     stop = StopFlag()
@@ -103,31 +111,74 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until told to stop; the exit code of this process."""
         checkpoints = self.checkpointer()
-        progress = checkpoints.restore()
-        console = Console(
-            self.config, self.mesh, total_steps=self.total_steps, resumed_step=progress.step
-        )
+        with reporting.section("restore"):
+            progress = checkpoints.restore()
+        console = Console(self.config, self.mesh, total_steps=self.total_steps, resumed=progress)
+        watch = Watch(self.config.training.on_loss_spike)
         stopping = False
         while progress.step < self.total_steps and not stopping:
+            begin = progress.position
             totals = self.step(progress, checkpoints.flags(progress.step + 1))
+            verdict = watch.after(
+                bad=totals.bad,
+                loss=totals.loss_sum / self.tokens_per_step,
+                begin=begin,
+                end=progress.position,
+            )
+            if verdict.kind == "fine":  # what is saved or copied now may be gone back to
+                checkpoints.keep(progress, totals.flags)
             stopping = totals.flags.stop
             last = stopping or progress.step == self.total_steps
-            checkpoints.keep(progress, totals.flags)
             console.step(
                 progress,
                 totals,
+                verdict,
                 learning_rate=self.learning_rate(progress),
                 saving=checkpoints.figures(),
                 last=last,
             )
-        if not checkpoints.holds(progress.step):
-            checkpoints.save(progress)
-        if not checkpoints.settle():
+            if verdict.leave_out and not last:
+                progress = self.roll_back(checkpoints, progress, verdict.leave_out)
+                watch.went_back()
+        with reporting.section("save"):
+            if not checkpoints.holds(progress.step):
+                checkpoints.save(progress)
+            accepted = checkpoints.settle()
+        if not accepted:
             return EXIT_RESTART  # the commit was refused: another generation goes on
         if progress.step < self.total_steps:
             return 0 if self.stop.raised else EXIT_RESTART
         reporting.report_done()
         return 0
+
+    def roll_back(
+        self, checkpoints: Checkpointer, progress: Progress, span: tuple[int, int]
+    ) -> Progress:
+        """Go back to the last checkpoint, and leave out the samples of a span from now on.
+
+        Raises:
+            RollbackFailed: there is no checkpoint, or this has not helped before.
+        """
+        why = f"step {progress.step}: the numbers are bad since sample {span[0]}"
+        advice = "lower optimizer.lr, or look at the data there"
+        if touches(span, progress.left_out):
+            raise RollbackFailed(
+                f"{why}, right after samples that were left out for the same reason, so it is not "
+                f"the data: {advice}"
+            )
+        with reporting.section("restore"):
+            restored = checkpoints.roll_back()
+        if restored is None:
+            raise RollbackFailed(f"{why}, and there is no checkpoint to go back to: {advice}")
+        _log.warning(
+            "%s: back at step %d, samples %d to %d are left out", why, restored.step, *span
+        )
+        restored.left_out = (*progress.left_out, span)
+        restored.skipped_steps = progress.skipped_steps
+        restored.rollbacks = progress.rollbacks + 1
+        batch = self.config.training.global_batch
+        restored.position = next_batch(restored.position, batch, restored.left_out)
+        return restored
 
     def step(self, progress: Progress, flags: Flags = NO_FLAGS) -> StepTotals:
         """One optimizer step over one global batch, taken or skipped by all ranks alike.
@@ -147,7 +198,8 @@ class Trainer:
             loads=[mixture.take_load() for mixture in mixtures],
         ).unscaled(scale)
         progress.step += 1
-        progress.position += self.config.training.global_batch
+        batch = self.config.training.global_batch
+        progress.position = next_batch(progress.position + batch, batch, progress.left_out)
         progress.tokens += self.tokens_per_step
         if totals.finite:
             clip = min(1.0, self.config.optimizer.clip_norm / (totals.norm + 1e-6))
@@ -157,12 +209,13 @@ class Trainer:
             for mixture, load_e in zip(mixtures, totals.loads, strict=True):
                 speed = mixture.moe.bias_update_speed
                 mixture.expert_bias.copy_(moved_bias(mixture.expert_bias, load_e, speed))
-        elif self.config.optimizer.on_non_finite == "stop" and scale == 1.0:
+        elif self.config.optimizer.on_non_finite == "stop" and totals.bad:
             raise NonFiniteGradient(
                 f"step {progress.step}: the gradient is not finite; lower optimizer.lr, or set "
                 "optimizer.onNonFinite to skip"
             )
         self.optimizer.drop_gradients()
+        progress.skipped_steps += totals.bad
         progress.loss_scale = progress.loss_scale.after(
             finite=totals.finite, compute=self.config.precision.compute
         )

@@ -2,11 +2,13 @@
 waiting, no errors.
 
     {"localRank": 0, "rankStep": 12}     every rank
+    {"localRank": 0, "section": "save"}  every rank, where something else than steps begins
     {..., "progress": {...}}             rank 0: a protocol.ProgressReport
     {"localRank": 0, "metrics": {...}}   rank 0: figures by their names in dstrain_api.metrics
     {"localRank": 0, "done": true}       every rank, after the last commit
 
-A figure that cannot be delivered at once is dropped: the next one replaces it.
+A figure that cannot be delivered at once is dropped: the next one replaces it. A section is waited
+for a little: nothing replaces it.
 """
 
 import contextlib
@@ -14,10 +16,13 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dstrain_api.constants import ENV_REPORT_SOCKET
+
+SECTION_WAIT_S = 1.0
+_section = "init"  # what the agent expects of a process that has just started
 
 
 def report(
@@ -31,6 +36,8 @@ def report(
     mfu: float | None = None,
     resumed_step: int | None = None,
     verified_step: int | None = None,
+    skipped_steps: int | None = None,
+    rollbacks: int | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Say how far this process is. Any program that torchrun starts may call it after a step, on
@@ -46,8 +53,12 @@ def report(
         mfu: model FLOP utilisation, as a ratio.
         resumed_step: step of the checkpoint that this process resumed from; 0 from scratch.
         verified_step: newest committed checkpoint that was read back and is whole.
+        skipped_steps: steps without an update, because of bad gradients.
+        rollbacks: returns to a checkpoint, because of bad numbers.
         metrics: further figures by their names in `dstrain_api.metrics`.
     """
+    global _section
+    _section = "step"
     record: dict[str, Any] = {"rankStep": step}
     if os.environ.get("RANK", "0") == "0":
         progress = {
@@ -60,6 +71,8 @@ def report(
             "mfu": mfu,
             "resumedStep": resumed_step,
             "verifiedStep": verified_step,
+            "skippedSteps": skipped_steps,
+            "rollbacks": rollbacks,
         }
         record["progress"] = _finite(progress)
         record["metrics"] = _finite(metrics or {})
@@ -69,6 +82,25 @@ def report(
 def report_metrics(metrics: dict[str, float]) -> None:
     """Say further figures by their names in `dstrain_api.metrics`, on rank 0."""
     _send({"metrics": _finite(metrics)})
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+    """Say on every rank that this process is busy with something else than steps: reading a
+    checkpoint, an evaluation. It may take longer than a step before it counts as a hang; how long
+    it takes is learned by its name.
+
+    Args:
+        name: at most 32 characters.
+    """
+    global _section
+    before, _section = _section, name
+    _send({"section": name}, wait_s=SECTION_WAIT_S)
+    try:
+        yield
+    finally:
+        _section = before
+        _send({"section": before}, wait_s=SECTION_WAIT_S)
 
 
 def report_done() -> None:
@@ -83,12 +115,12 @@ def _finite(figures: Mapping[str, float | None]) -> dict[str, float]:
     }
 
 
-def _send(record: dict[str, Any]) -> None:
+def _send(record: dict[str, Any], *, wait_s: float = 0.0) -> None:
     path = os.environ.get(ENV_REPORT_SOCKET)
     if not path:
         return
     datagram = json.dumps({"localRank": int(os.environ.get("LOCAL_RANK", "0")), **record}).encode()
     # The agent may be restarting or its queue full; training never waits for a reader.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.setblocking(False)
+        sender.settimeout(wait_s)
         sender.sendto(datagram, path)

@@ -32,21 +32,30 @@ NO_FLAGS: Final = Flags()
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over the global batch, equal on every rank, so that every decision from them is too."""
+    """Sums over the global batch, equal on every rank, so that every decision from them is too.
+
+    `scale` is the loss scale that the gradients still had when they were summed.
+    """
 
     loss_sum: float
     norm: float
     flags: Flags
     loads: tuple[torch.Tensor, ...]
+    scale: float = 1.0
 
     def unscaled(self, scale: float) -> "StepTotals":
         """The same with the norm of the true gradient; the loss was never scaled."""
-        return replace(self, norm=self.norm / scale)
+        return replace(self, norm=self.norm / scale, scale=scale)
 
     @property
     def finite(self) -> bool:
         """Whether no rank has a gradient with NaN or infinity."""
         return math.isfinite(self.norm) and math.isfinite(self.loss_sum)
+
+    @property
+    def bad(self) -> bool:
+        """Whether one has, and a smaller loss scale would not have helped."""
+        return not self.finite and self.scale == 1.0
 
 
 def reduce_totals(

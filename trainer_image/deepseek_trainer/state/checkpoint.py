@@ -142,6 +142,23 @@ class Checkpointer:
             progress = self._from_folder(offers[0].committed)
         return progress
 
+    def roll_back(self) -> Progress | None:
+        """Load the newest checkpoint that is whole, after what is under way; none where there never
+        was one. Local copies belong to the timeline that ends here.
+
+        Raises:
+            NoUsableCheckpoint: as `restore`.
+        """
+        self._background.wait()
+        if self._tier.committer:
+            self._tier.committer.wait()
+        if self._local:
+            self._local.keep_only(None)
+        names = [self._tier.history() if self._mesh.rank == 0 else None]
+        dist.broadcast_object_list(names)
+        self._pace.hurry()  # what is left out from now on must not be forgotten
+        return self._from_folder(names[0]) if names[0] is not None else None
+
     def _offers(self) -> list[Offer]:
         own = Offer([copy.id for copy in self._local.held()] if self._local else None)
         if self._mesh.rank == 0:

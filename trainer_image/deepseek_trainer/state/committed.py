@@ -158,6 +158,8 @@ class CommittedTier:
             tokens=saved.tokens,
             position=position,
             loss_scale=LossScale(saved.loss_scale["scale"], int(saved.loss_scale["finite_steps"])),
+            left_out=tuple((begin, end) for begin, end in saved.left_out),
+            skipped_steps=saved.skipped_steps,
             rollbacks=saved.rollbacks,
         )
         return progress, saved.updates
@@ -176,6 +178,8 @@ class CommittedTier:
             data=self.stream.state(progress.position).to_json(),
             rng={"seed": self.config.training.seed},
             loss_scale=asdict(progress.loss_scale),
+            left_out=[list(span) for span in progress.left_out],
+            skipped_steps=progress.skipped_steps,
             rollbacks=progress.rollbacks,
             config=hashlib.sha256(config.encode()).hexdigest(),
             architecture=self.config.architecture.model_dump(mode="json"),

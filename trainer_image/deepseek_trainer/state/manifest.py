@@ -34,6 +34,8 @@ class CheckpointManifest:
     data: dict[str, Any]
     rng: dict[str, int]
     loss_scale: dict[str, float]
+    left_out: list[list[int]] = field(default_factory=list)
+    skipped_steps: int = 0
     rollbacks: int = 0
     config: str
     architecture: dict[str, Any]
