@@ -7,7 +7,7 @@ import pytest
 from deepseek_operator.core.model import Event, Membership, Plan, PodDelete
 from deepseek_operator.kube.port import EVENTS, PODS, TRAININGS, ClusterError, NotFound, Refused
 from deepseek_operator.local.memory import MemoryCluster
-from deepseek_operator.runtime.act import act
+from deepseek_operator.runtime.act import WRITES_AT_ONCE, act
 from deepseek_operator.runtime.views import training_view
 from dstrain_api.status import DeepSeekTrainingStatus
 
@@ -70,6 +70,50 @@ def cluster():
 def pod(name="mini-0-1"):
     meta = {"name": name, "namespace": "team"}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": {}}
+
+
+class Slow(Recorder):
+    """Answers a create of a pod only when it is let, and may fail one."""
+
+    def __init__(self):
+        super().__init__()
+        self.under_way = self.most = 0
+        self.fails = None
+
+    async def create(self, manifest):
+        if manifest["kind"] != "Pod":
+            return await super().create(manifest)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await asyncio.sleep(0.001)
+        self.under_way -= 1
+        if manifest["metadata"]["name"] == self.fails:
+            raise ClusterError("away")
+        return await super().create(manifest)
+
+
+@pytest.fixture
+def slow():
+    made = Slow()
+    asyncio.run(made.create(TRAINING))
+    made.said.clear()
+    return made
+
+
+def test_pods_are_made_many_at_once_but_not_all_and_after_what_they_need(slow):
+    creates = ({**pod("s"), "kind": "Secret"}, *(pod(f"mini-{i}-1") for i in range(100)))
+    outcome = carry_out(slow, creates=creates)
+    assert slow.most == WRITES_AT_ONCE
+    assert len(outcome.created) == 101
+    assert slow.said[0] == "create Secret"
+
+
+def test_after_a_failure_no_other_pod_is_begun_and_those_under_way_are_made(slow):
+    slow.fails = "mini-3-1"
+    with pytest.raises(ClusterError):
+        carry_out(slow, creates=tuple(pod(f"mini-{i}-1") for i in range(100)))
+    assert slow.under_way == 0
+    assert WRITES_AT_ONCE <= len(slow.objects(PODS)) < WRITES_AT_ONCE + 5
 
 
 def carry_out(cluster, **steps):

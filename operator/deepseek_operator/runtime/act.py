@@ -2,21 +2,25 @@
 
 Status first: it holds the facts that the later steps rely on, and its resourceVersion proves that
 they were decided on the newest training. Then the coordinator, then creates, deletes, events.
+Objects of one kind are made, or deleted, many at once: what a large gang costs is mostly waiting.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Final, Protocol, TypeVar
 
 from dstrain_api import constants as names
 
 from deepseek_operator.core.clock import rfc3339
-from deepseek_operator.core.model import Event, Membership, Plan, Training
+from deepseek_operator.core.model import Event, Manifest, Membership, Plan, PodDelete, Training
 from deepseek_operator.kube.port import (
     PODS,
     TRAININGS,
@@ -28,6 +32,11 @@ from deepseek_operator.kube.port import (
     Refused,
     Resource,
 )
+
+# The API server made 200 pods in 0.5 s with so many requests in flight, on two cores.
+WRITES_AT_ONCE: Final = 32
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +67,15 @@ class Outcome:
     created: tuple[dict[str, Any], ...] = ()  # objects as stored, for caches that lag
 
 
-async def act(plan: Plan, training: Training, cluster: Cluster, members: Members) -> Outcome:
-    """Carry out a plan.
+async def act(
+    plan: Plan,
+    training: Training,
+    cluster: Cluster,
+    members: Members,
+    *,
+    at_once: int = WRITES_AT_ONCE,
+) -> Outcome:
+    """Carry out a plan, with at most so many requests at once.
 
     Raises:
         NotFound: the training is no more.
@@ -77,10 +93,13 @@ async def act(plan: Plan, training: Training, cluster: Cluster, members: Members
         except Conflict:
             return Outcome(resource_version=version, conflict=True)
     _instruct(plan, training.uid, members)
-    created, refused = await _create(plan, cluster)
+    created, refused = await _create(plan, cluster, at_once)
     where = training.namespace
-    for pod in plan.deletes:
+
+    async def delete(pod: PodDelete) -> None:
         await _delete(cluster, PODS, where, pod.name, uid=pod.uid, grace_s=pod.grace_s)
+
+    await _each(delete, plan.deletes, at_once)
     if plan.delete_training:
         await _delete(cluster, TRAININGS, where, training.name, uid=training.uid)
     for event in plan.events:
@@ -98,16 +117,50 @@ def _instruct(plan: Plan, uid: str, members: Members) -> None:
         members.publish(uid, plan.membership)
 
 
-async def _create(plan: Plan, cluster: Cluster) -> tuple[tuple[dict[str, Any], ...], str]:
-    created, refused = [], ""
-    for manifest in plan.creates:
+async def _create(
+    plan: Plan, cluster: Cluster, at_once: int
+) -> tuple[tuple[dict[str, Any], ...], str]:
+    """Make each object after those of the kinds before it."""
+    created: list[dict[str, Any]] = []
+    refused: list[str] = []
+
+    async def create(manifest: Manifest) -> None:
         try:
             created.append(await cluster.create(manifest))
         except AlreadyExists:
-            continue
+            return
         except Refused as error:
-            refused = refused or f"{manifest['kind']} {manifest['metadata']['name']}: {error}"
-    return tuple(created), refused
+            refused.append(f"{manifest['kind']} {manifest['metadata']['name']}: {error}")
+
+    for _, manifests in groupby(plan.creates, key=lambda m: m["kind"]):
+        await _each(create, manifests, at_once)
+    return tuple(created), refused[0] if refused else ""
+
+
+async def _each(do: Callable[[T], Awaitable[None]], items: Iterable[T], at_once: int) -> None:
+    """Do it with every item, at most so many at once.
+
+    After a failure no other is begun; it is raised when those under way are done.
+    """
+    waiting = deque(items)
+
+    async def work() -> None:
+        while waiting:
+            item = waiting.popleft()
+            try:
+                await do(item)
+            except BaseException:
+                waiting.clear()
+                raise
+
+    workers = [work() for _ in range(min(at_once, len(waiting)))]
+    if len(workers) <= 1:
+        for worker in workers:
+            await worker
+        return
+    for outcome in await asyncio.gather(*workers, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 async def _delete(

@@ -189,7 +189,7 @@ class World:
         operator.register()
         decided = plan(training, operator.observe(), SETTINGS, self.now_s)
         try:
-            outcome = now(act(decided, training, self.faults, self.faults))  # type: ignore[arg-type]
+            outcome = now(act(decided, training, self.faults, self.faults, at_once=1))  # type: ignore[arg-type]
         except Crash:
             self.crash(ticks=0)
             return
