@@ -9,9 +9,9 @@ Nothing is imported before it is used: `dstrain` starts at once.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_trainer.reporting import report, report_done
+    from deepseek_trainer.reporting import report, report_done, section
 
-__all__ = ["report", "report_done"]
+__all__ = ["report", "report_done", "section"]
 
 
 def __getattr__(name: str) -> Any:

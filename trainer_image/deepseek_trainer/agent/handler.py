@@ -25,12 +25,15 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 from dstrain_api.constants import (
     ENV_BEAT_INTERVAL,
+    ENV_CHECKPOINT_DIR,
     ENV_FAILURE_INTERVAL,
     ENV_GENERATION,
+    ENV_HANG_TIMEOUT,
     ENV_LOCAL_DIR,
     ENV_METRICS_PORT,
     ENV_NODE,
@@ -43,7 +46,7 @@ from dstrain_api.constants import (
     METRICS_PORT,
     RENDEZVOUS_BACKEND,
 )
-from dstrain_api.protocol import PEER_LOST, Assignment
+from dstrain_api.protocol import PEER_LOST, Assignment, ErrorReport
 from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -56,11 +59,13 @@ from torch.distributed.run import determine_local_world_size, parse_args
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
 from deepseek_trainer.agent.errors import WorkerFailure, report_of
 from deepseek_trainer.agent.forks import ForkServer
+from deepseek_trainer.agent.hang import HangWatch
 from deepseek_trainer.agent.home import agent_home, local_folder
 from deepseek_trainer.agent.membership import Identity, Membership
 from deepseek_trainer.agent.metrics import AgentMetrics, serve
 from deepseek_trainer.agent.nvml import add_gpus
 from deepseek_trainer.agent.reports import Forwarder, ReportSocket, WorkerReport
+from deepseek_trainer.agent.standstill import RankProgress
 from deepseek_trainer.agent.workers import fork_workers, watch_workers
 
 log = logging.getLogger(__name__)
@@ -101,13 +106,16 @@ class Handler(RendezvousHandler):
     """One pod's rendezvous, from the start of its agent to the end."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        fork_workers(ForkServer())  # first of all: it imports while this pod joins
+        # First of all: it imports while this pod joins.
+        processes = fork_workers(ForkServer())
         self._run_id = parameters.run_id
         self._stopping = False
         self._program_done = False
         self._failures: list[WorkerFailure] = []
         self._step = 0
-        self._began = False  # whether this generation's processes have finished a step
+        self._hang: ErrorReport | None = None
+        timeout_s = os.environ.get(ENV_HANG_TIMEOUT)
+        self._progress = RankProgress(float(timeout_s) if timeout_s else None)
         self._metrics = AgentMetrics(os.environ[ENV_TRAINING])
         self._membership = Membership(
             Identity(
@@ -131,6 +139,15 @@ class Handler(RendezvousHandler):
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
         self._handle_sigterm()
         watch_workers(self)
+        HangWatch(
+            progress=self._progress,
+            membership=self._membership,
+            expected=self._expects_progress,
+            processes=processes,
+            own_folder=agent_home(),
+            shared_folder=Path(os.environ.get(ENV_CHECKPOINT_DIR) or agent_home()) / "stacks",
+            found=self._found_hang,
+        ).start()
         atexit.register(self._leave)
         self._serve_metrics()
 
@@ -205,7 +222,8 @@ class Handler(RendezvousHandler):
 
     def _reported(self, report: WorkerReport) -> None:
         if report.rank_step is not None:
-            self._step, self._began = report.rank_step, True
+            self._step = report.rank_step
+        self._progress.heard(report, time.monotonic())
         self._program_done = self._program_done or report.done
         if self._membership.group_rank == 0 and report.local_rank == 0:
             self._metrics.reported(report)
@@ -215,16 +233,29 @@ class Handler(RendezvousHandler):
 
     def _explain_failures(self) -> None:
         failures, self._failures = self._failures, []
+        hang, self._hang = self._hang, None
         if not failures:
             return
-        error = report_of(failures, step=self._step, began=self._began)
+        if hang:
+            self._membership.report_error(hang)
+            return
+        began = self._progress.step() > 0
+        error = report_of(failures, step=self._step, began=began)
         log.warning("local rank %s: %s", error.local_rank, error.message.splitlines()[-1])
         if error.fingerprint == PEER_LOST and self._membership.wait_over(PEER_PATIENCE_S):
             return  # the peer that failed has said why
         self._membership.report_error(error)
 
+    def _expects_progress(self) -> bool:
+        ending = self._stopping or self._program_done or self._membership.over
+        return self._membership.place.state == "running" and not ending
+
+    def _found_hang(self, error: ErrorReport) -> None:
+        log.error("%s", error.message)
+        self._hang = error
+
     def _enter(self, assignment: Assignment, seconds: float) -> None:
-        self._began = False
+        self._progress.begin(self._membership.identity.processes, time.monotonic())
         os.environ[ENV_GENERATION] = str(assignment.generation)
         os.environ[ENV_FAILURE_INTERVAL] = f"{assignment.failure_interval_s:g}"
         self._metrics.joined(assignment.generation, assignment.group_rank, seconds)

@@ -43,8 +43,10 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What beats say; replaced whole, so that a beat never mixes two generations."""
+class Place:
+    """A pod's place in the gang, as beats say it; replaced whole, so that nothing ever mixes two
+    generations.
+    """
 
     generation: int = 0
     group_rank: int = 0
@@ -81,7 +83,7 @@ class Membership:
         self._beat_interval_s = beat_interval_s
         self._step = step
         self._stop = stop
-        self._place = _Place()
+        self._place = Place()
         self._over = threading.Condition()
         self._is_over = False
         self._soon = threading.Event()
@@ -90,6 +92,11 @@ class Membership:
         self._urgent = False
         self._told_to_stop = False
         self.fenced = False  # the coordinator refuses this pod for good
+
+    @property
+    def place(self) -> Place:
+        """All of it as it is now."""
+        return self._place
 
     @property
     def generation(self) -> int:
@@ -126,7 +133,7 @@ class Membership:
         assignment = self._until_answered(lambda: self._ask_for_place(join))
         with self._over:
             self._is_over = False
-            self._place = _Place(
+            self._place = Place(
                 generation=assignment.generation,
                 group_rank=assignment.group_rank,
                 group_world_size=assignment.group_world_size,
@@ -235,7 +242,7 @@ class Membership:
                 self._is_over = self._is_over or self._place.generation == place.generation
                 self._over.notify_all()
 
-    def _beat(self, place: _Place) -> Beat:
+    def _beat(self, place: Place) -> Beat:
         return Beat(
             pod=self.identity.pod,
             pod_uid=self.identity.pod_uid,

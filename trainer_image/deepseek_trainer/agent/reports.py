@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 from dstrain_api.base import ApiModel
 from dstrain_api.protocol import ProgressReport, Report
@@ -39,6 +40,7 @@ class WorkerReport(ApiModel):
 
     local_rank: int = Field(0, ge=0)
     rank_step: int | None = Field(None, ge=0)
+    section: Annotated[str, Field(max_length=32)] = ""
     progress: ProgressReport | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     done: bool = False

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -29,6 +30,8 @@ from deepseek_trainer.agent.errors import WorkerFailure
 from deepseek_trainer.agent.forks import ForkServer, RankProcess
 from deepseek_trainer.agent.home import agent_home
 from deepseek_trainer.agent.logs import TAILS
+
+Process = subprocess.Popen[Any] | RankProcess
 
 
 class Watcher(Protocol):
@@ -71,13 +74,15 @@ def watch_workers(watcher: Watcher) -> None:
     PContext.close = watched_close  # type: ignore[method-assign]
 
 
-def fork_workers(server: ForkServer) -> None:
-    """Start worker processes as forks of `server`, from now on."""
-    start = SubprocessHandler._popen
+def fork_workers(server: ForkServer) -> Mapping[int, Process]:
+    """Start worker processes as forks of `server`, from now on.
 
-    def forked(
-        self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]
-    ) -> subprocess.Popen[Any] | RankProcess:
+    Returns the newest process of each local rank, now and later.
+    """
+    start = SubprocessHandler._popen
+    processes: dict[int, Process] = {}
+
+    def forked(self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Process:
         rank = server.fork(
             args,
             env,
@@ -89,9 +94,11 @@ def fork_workers(server: ForkServer) -> None:
             title=f"dstrain-rank-{self.local_rank_id}",
             stacks=agent_home() / f"stacks-{self.local_rank_id}",
         )
-        return rank or start(self, args, env)
+        processes[self.local_rank_id] = process = rank or start(self, args, env)
+        return process
 
     SubprocessHandler._popen = forked  # type: ignore[method-assign, assignment]
+    return processes
 
 
 def _failures(result: RunProcsResult, killed: set[int]) -> list[WorkerFailure]:

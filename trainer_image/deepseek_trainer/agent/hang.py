@@ -1,0 +1,136 @@
+"""Finds out that the ranks of this pod stand still, says which rank is the cause, ends them.
+
+All ranks wait for the one that hangs, so all agents notice at about the same time. Each saves its
+ranks' stacks; then those whose own rank is the cause say so and end it, and the others hear that
+the generation is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, HANG, ErrorReport
+
+from deepseek_trainer.agent import stacks
+from deepseek_trainer.agent.membership import Membership
+from deepseek_trainer.agent.stacks import Dump
+from deepseek_trainer.agent.standstill import RankProgress, Standstill
+from deepseek_trainer.agent.workers import Process
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 0.5
+PEERS_S = 5.0  # for the other agents to notice and write
+PATIENCE_S = 20.0  # for the agent of the rank that is the cause to end the generation
+FRAMES = 8  # of the main thread, in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangWatch:
+    """Watches the worker processes of one pod.
+
+    Args:
+        progress: how far the ranks are.
+        membership: this pod's place.
+        expected: whether progress is expected now; not while the pod stops.
+        processes: the running ones, by local rank.
+        own_folder: where each writes its stacks, `stacks-<local rank>`.
+        shared_folder: seen by all pods.
+        found: called with the report before the processes are ended.
+    """
+
+    progress: RankProgress
+    membership: Membership
+    expected: Callable[[], bool]
+    processes: Mapping[int, Process]
+    own_folder: Path
+    shared_folder: Path
+    found: Callable[[ErrorReport], None]
+
+    def start(self) -> None:
+        """Watch from now on."""
+        threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(LOOK_INTERVAL_S)
+            standing = self.progress.standstills(time.monotonic())
+            if standing and self.expected():
+                self._settle(standing)
+
+    def _settle(self, standing: list[Standstill]) -> None:
+        place, processes = self.membership.place, dict(self.processes)
+        log.warning(
+            "no progress for %.0f s: looking where the processes stand", standing[0].seconds
+        )
+        first = place.group_rank * self.membership.identity.processes
+        own = [
+            stacks.take(first + local, process.pid, self.own_folder / f"stacks-{local}")
+            for local, process in sorted(processes.items())
+        ]
+        folder = self.shared_folder / str(place.generation)
+        world = place.group_world_size * self.membership.identity.processes
+        dumps = self._with_peers(own, folder, standing, world)
+        cause = [dump for dump in stacks.suspects(dumps, world=world) if dump in own]
+        if not cause and self.membership.wait_over(PATIENCE_S):
+            return
+        if self.membership.place.generation == place.generation:
+            self.found(self._report(standing, cause or own, folder, known=bool(cause)))
+            for process in processes.values():
+                if process.poll() is None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+
+    def _with_peers(
+        self, own: list[Dump], folder: Path, standing: list[Standstill], world: int
+    ) -> list[Dump]:
+        """All ranks' dumps, as far as they are there in time."""
+        said = standing[0]
+        identity = self.membership.identity
+        head = (
+            f"of pod {identity.pod} on node {identity.node}, in section {said.section} after step "
+            f"{said.step} for {said.seconds:.0f} s"
+        )
+        deadline_s = time.monotonic() + PEERS_S
+        try:
+            for dump in own:
+                stacks.write(folder, f"{identity.pod}-{dump.rank}", dump, head)
+            stacks.prune(folder.parent)
+            while len(dumps := stacks.read(folder)) < world and time.monotonic() < deadline_s:
+                time.sleep(stacks.POLL_S)
+        except OSError as error:
+            log.warning("the stacks of this pod cannot be kept in %s: %s", folder, error)
+            return own
+        return dumps
+
+    def _report(
+        self, standing: list[Standstill], cause: list[Dump], folder: Path, *, known: bool
+    ) -> ErrorReport:
+        said, dump, identity = standing[0], cause[0], self.membership.identity
+        where = f"rank {dump.rank} (pod {identity.pod}, node {identity.node})"
+        doing = "is stopped by a signal" if dump.state == stacks.STOPPED else "stands still"
+        if not known:
+            doing = "waits like all others, none of which stands out"
+        frames = "\n".join(dump.main_thread.splitlines()[:FRAMES])
+        text = (
+            f"{where} {doing}: no progress for {said.seconds:.0f} s in section {said.section} "
+            f"after step {said.step}"
+        )
+        return ErrorReport(
+            local_rank=dump.rank % identity.processes,
+            exit_code=-signal.SIGKILL,
+            message=(f"{text}; innermost frame first:\n{frames}" if frames else text)[
+                :ERROR_TEXT_LIMIT
+            ],
+            fingerprint=HANG,
+            step=said.step,
+            stacks=str(folder),
+        )
