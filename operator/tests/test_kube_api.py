@@ -146,6 +146,18 @@ def test_throttled_call_waits_as_long_as_it_is_told_then_succeeds() -> None:
     run(main())
 
 
+def test_throttled_watch_is_not_asked_for_again_before_its_time() -> None:
+    async def main() -> None:
+        async with scripted() as (server, cluster):
+            server.answer(429, status(429, "TooManyRequests"), Retry_After="1")
+            started_s = asyncio.get_running_loop().time()
+            with pytest.raises(ClusterError):
+                await anext(cluster.watch(PODS, resource_version="1"))
+            assert asyncio.get_running_loop().time() - started_s >= 1
+
+    run(main())
+
+
 def test_call_that_stays_throttled_fails_in_the_end() -> None:
     async def main() -> None:
         async with scripted() as (server, cluster):

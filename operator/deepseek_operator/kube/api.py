@@ -168,6 +168,7 @@ class ApiCluster:
             )
             async with response:
                 if response.status != 200:
+                    await asyncio.sleep(_retry_after_s(response) or 0.0)
                     raise _failure(response.status, await response.read())
                 yield WatchEvent("BOOKMARK", {"metadata": {"resourceVersion": resource_version}})
                 async for line in response.content:
@@ -188,19 +189,19 @@ class ApiCluster:
     ) -> Object:
         """One answer; when the server is too busy, ask again after the time it names."""
         try:
-            for last in [False] * (THROTTLED_TRIES - 1) + [True]:
+            for _ in range(THROTTLED_TRIES):
                 response = await self._request(method, path, query, body=body)
                 async with response:
                     answer = await response.read()
                 if response.status < 400:
                     return cast(Object, json.loads(answer))
                 wait_s = _retry_after_s(response)
-                if last or wait_s is None:
-                    raise _failure(response.status, answer)
-                await asyncio.sleep(wait_s)
+                if wait_s is None:
+                    break
+                await asyncio.sleep(wait_s)  # after the last try too: the next call comes here
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ClusterError(f"{method} {path}: {_told(error)}") from error
-        raise AssertionError("the last try returns or raises")
+        raise _failure(response.status, answer)
 
     async def _request(
         self,
