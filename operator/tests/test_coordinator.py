@@ -458,3 +458,52 @@ def test_silent_stranger_is_forgotten_and_a_silent_member_is_not() -> None:
     gang.clock.now_s += 601
     gang.coordinator.tick()
     assert [m.pod_uid for m in gang.seen.members] == ["uid-0", "uid-1"]
+
+
+def test_a_member_shows_how_late_its_beats_have_been_and_that_fades() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.clock.now_s += 2.5
+    gang.beat(0, 1)
+    assert gang.member(0).gap_s == 2.5
+    for _ in range(100):
+        gang.clock.now_s += 0.5
+        gang.beat(0, 1)
+    assert gang.member(0).gap_s < 1.0
+
+
+def test_when_a_pod_first_joined_is_known_also_generations_later() -> None:
+    gang = Gang()
+    joined_at_s = gang.clock.now_s
+    gang.join(0)
+    gang.clock.now_s += 10
+    gang.join(0)
+    gang.join(0, generation=1)
+    assert gang.member(0).joined_at_s == joined_at_s
+
+
+def test_a_place_comes_with_the_time_between_failures() -> None:
+    gang = Gang()
+    gang.join(0)
+    gang.coordinator.publish(
+        UID,
+        Membership(
+            generation=1,
+            pod_uids=("uid-0",),
+            master_address="10.0.0.0",
+            master_port=1,
+            failure_interval_s=1800.0,
+        ),
+    )
+    assert gang.join(0).failure_interval_s == 1800.0
+
+
+def test_an_error_is_kept_with_its_class_its_step_and_the_folder_of_its_stacks() -> None:
+    gang = Gang()
+    gang.form(1)
+    report = ErrorReport(
+        local_rank=0, exit_code=-9, failure_class="numeric", step=40, stacks="/mnt/\x1bstacks"
+    )
+    gang.coordinator.report(UID, Report(pod_uid="uid-0", generation=1, error=report))
+    [error] = gang.seen.errors
+    assert (error.failure_class, error.step, error.stacks) == ("numeric", 40, "/mnt/stacks")

@@ -114,6 +114,28 @@ def test_pod_that_was_out_of_memory() -> None:
     assert (view.container.exit_code, view.container.terminated_reason) == (137, "OOMKilled")
 
 
+def test_pod_with_what_tells_why_it_ended() -> None:
+    stored = pod(
+        phase="Failed",
+        reason="Evicted",
+        message="The node was low on resource: memory.",
+        conditions=[
+            {
+                "type": "PodScheduled",
+                "status": "True",
+                "lastTransitionTime": "2026-11-21T12:00:05Z",
+            }
+        ],
+    )
+    limits = {"limits": {"memory": "2Gi"}}
+    stored["spec"]["containers"] = [{"name": "sidecar"}, {"name": "trainer", "resources": limits}]
+    view = pod_view(stored)
+    assert view is not None
+    assert (view.reason, view.message) == ("Evicted", "The node was low on resource: memory.")
+    assert view.memory_limit == "2Gi"
+    assert view.scheduled_at_s - view.created_at_s == 5
+
+
 def test_pod_that_waits_for_its_image() -> None:
     waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
     statuses = [{"name": "trainer", "state": {"waiting": waiting}}]
@@ -151,3 +173,23 @@ def test_node_is_ready_only_when_it_says_so(status: str | None, ready: bool) -> 
     assert (
         node_view({"metadata": {"name": "n"}, "status": {"conditions": conditions}}).ready is ready
     )
+
+
+def test_node_says_what_is_broken_that_it_leaves_and_that_it_is_off() -> None:
+    ready = {"type": "Ready", "status": "True"}
+    xid = {"type": "SysLogsXIDError", "status": "True", "message": "[79] fell off the bus"}
+
+    def view(conditions: list[Any], *keys: str) -> Any:
+        taints = [{"key": key, "effect": "NoSchedule"} for key in keys]
+        return node_view(
+            {
+                "metadata": {"name": "n"},
+                "spec": {"taints": taints},
+                "status": {"conditions": conditions},
+            }
+        )
+
+    assert view([ready, xid]).fault == "SysLogsXIDError: [79] fell off the bus"
+    assert view([ready], "cloud.google.com/impending-node-termination").leaving
+    assert not view([ready], "node.kubernetes.io/out-of-service").ready
+    assert view([ready]).ready

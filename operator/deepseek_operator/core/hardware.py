@@ -63,7 +63,9 @@ OFF_TAINTS = frozenset(
 )
 
 TEXT_LIMIT = 256
-_XIDS = re.compile(r"(?:xid\D{0,12}|^\[|^\[[\d, ]*, ?)(\d+)", re.IGNORECASE)
+XID_CONDITIONS = frozenset({"GpuXidError", "SysLogsXIDError", "XIDErrors"})
+_CODES = re.compile(r"^\[([\d, ]+)\]")  # NVSentinel
+_LOGGED = re.compile(r"xid(?: \(PCI:[^)]*\))?\D{0,12}(\d+)", re.IGNORECASE)  # the driver
 
 Stored = Mapping[str, object]
 
@@ -92,7 +94,9 @@ def fault(conditions: Iterable[Stored], taints: Iterable[Stored]) -> str:
 
 
 def _by_program(kind: str, message: str) -> bool:
-    if "xid" not in kind.lower() or "sxid" in kind.lower():
+    if kind not in XID_CONDITIONS:
         return False
-    xids = {int(code) for code in _XIDS.findall(message)}
+    codes = _CODES.match(message)
+    found = codes[1].replace(",", " ").split() if codes else _LOGGED.findall(message)
+    xids = {int(code) for code in found}
     return bool(xids) and xids <= APPLICATION_XIDS
