@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import layouts, planning
+from benchmarks import layouts, planning, saving
 from e2e.report import this_machine
 
-BENCHMARKS = {"planning": planning.main, "layouts": layouts.main}
+BENCHMARKS = {"planning": planning.main, "layouts": layouts.main, "saving": saving.main}
 
 
 def main(names: list[str]) -> int:
