@@ -56,6 +56,7 @@ SPEC: Final[dict[str, Any]] = {
     "workers": {"replicas": WORKERS, "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}}},
     "checkpoint": {"everySteps": 25},
     "recovery": {
+        "hangTimeout": "10s",
         "budgets": {"infrastructure": UNLIMITED, "application": UNLIMITED},
     },
 }
@@ -109,9 +110,9 @@ class Result:
         )
 
 
-def manifest(name: str, steps: int) -> dict[str, Any]:
-    """The training of the soak, for so many steps."""
-    spec = copy.deepcopy(SPEC)
+def manifest(name: str, steps: int, **changes: Any) -> dict[str, Any]:
+    """The training of the soak, for so many steps; `changes` replace parts of its spec."""
+    spec = copy.deepcopy(SPEC) | changes
     tokens = steps * spec["training"]["globalBatch"] * 64
     spec["training"]["total"] = {"tokens": tokens}
     return {
@@ -122,10 +123,10 @@ def manifest(name: str, steps: int) -> dict[str, Any]:
     }
 
 
-def undisturbed(steps: int) -> tuple[float, float]:
-    """Final loss and steps per second of the same training as processes of this machine."""
+def undisturbed(training: dict[str, Any]) -> tuple[float, float]:
+    """Final loss and steps per second of a training as processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        stage = LocalStage(manifest("undisturbed", steps), Path(folder), nodes=1)
+        stage = LocalStage(training, Path(folder), nodes=1)
         with stage.running():
             pass
         versions = stage.versions()
@@ -150,9 +151,9 @@ def soak(training: Training, operator: install.Release, plan: FaultPlan, loss: f
 
 def run(cluster: Cluster, operator: install.Release, namespace: str, options: Options) -> Result:
     """The whole of it: measure this machine, the undisturbed run, the disturbed one."""
-    _, rate = undisturbed(CALIBRATION_STEPS)
+    _, rate = undisturbed(manifest("calibration", CALIBRATION_STEPS))
     steps = int(PRODUCTIVE * rate * 60 * options.minutes)
-    loss, _ = undisturbed(steps)
+    loss, _ = undisturbed(manifest("undisturbed", steps))
     plan = random_plan(
         options.seed,
         minutes=options.minutes,

@@ -20,7 +20,7 @@ from e2e.faults.drive import Injection
 from e2e.faults.plan import Fault, Kind, Moment
 from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
-from e2e.soak import SPEC, WORKERS
+from e2e.soak import WORKERS, manifest
 from e2e.training import Seen, Training
 
 PATIENCE_S = 120.0
@@ -84,13 +84,7 @@ class Subject:
 def subject(cluster: Cluster, operator: install.Release, report: Report) -> Iterator[Subject]:
     namespace = f"recovery-{uuid.uuid4().hex[:6]}"
     cluster.kubectl("create", "namespace", namespace)
-    manifest = {
-        "apiVersion": "dstrain.dev/v1alpha1",
-        "kind": "DeepSeekTraining",
-        "metadata": {"name": "subject"},
-        "spec": {**SPEC, "training": {**SPEC["training"], "total": {"tokens": 10**9}}},
-    }
-    training = Training(cluster, manifest, namespace)
+    training = Training(cluster, manifest("subject", steps=100_000), namespace)
     training.apply()
     training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
     yield Subject(training, operator, report)
@@ -120,6 +114,16 @@ def test_a_deleted_pod_is_replaced_and_costs_no_budget(subject: Subject) -> None
     subject.suffer("delete-pod", 2)
     assert subject.last["failureClass"] == "voluntary"
     assert subject.now.status.get("failures") == budgets
+
+
+def test_a_frozen_process_is_named_and_its_stack_kept(subject: Subject) -> None:
+    pod = subject.stage.pod(1)
+    uids = subject.uids()
+    subject.suffer("freeze-process", 1)
+    assert subject.last["reason"] == "Hang"
+    assert subject.last["pod"] == pod
+    assert subject.last["stacks"]
+    assert subject.uids() == uids
 
 
 def test_a_blip_of_the_network_costs_nothing(subject: Subject) -> None:

@@ -34,6 +34,11 @@ class ClusterStage:
         pod = self._pod(slot)
         return str(pod["spec"]["nodeName"]) if pod else ""
 
+    def pod(self, slot: int) -> str:
+        """Name of the slot's running pod; empty if there is none."""
+        pod = self._pod(slot)
+        return str(pod["metadata"]["name"]) if pod else ""
+
     def inject(self, fault: Fault) -> float:
         """Raises KubectlError or OSError where it cannot be done."""
         pod = self._pod(fault.slot)
