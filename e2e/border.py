@@ -55,7 +55,7 @@ class Border:
         self.kubeconfig.write_text(json.dumps(config))
         self.throttled = False
         self.forgetful = False
-        self.after_write: Callable[[Asked], None] = _nothing
+        self.after_write: Callable[[Asked], object] = _nothing
         self.asked: list[Asked] = []
         self._server = server
         self._tls = ssl.create_default_context(cafile=str(server.certificate))

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from deepseek_operator import handlers, logs
+from deepseek_operator.connections import raise_file_limit
 from deepseek_operator.kube.api import ApiCluster
 from deepseek_operator.kube.port import ClusterError, NotFound
 from deepseek_operator.metrics import OperatorMetrics
@@ -227,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("dstrain"))
         return 0
     logs.configure()
+    raise_file_limit()
     try:
         configuration = from_environment(os.environ)
     except ValueError as error:

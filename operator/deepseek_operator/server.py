@@ -10,9 +10,10 @@ ask of the operator.
     GET  /healthz, /readyz            200 "ok", or 503 and a line per problem
 
 Every POST carries `Authorization: Bearer <token of the training>` and a JSON body of at most 64
-KiB; unknown fields in it are ignored. A join is no sign of life while it waits: beats go on beside
-it. Joins, beats, reports and commits may be repeated when the answer was lost. Refusals have a
-JSON body `{"detail": "..."}`:
+KiB, all within 10 s; unknown fields in it are ignored, and what counts is when it arrived, not what
+time the pod thinks it is. A join is no sign of life while it waits: beats go on beside it. Joins,
+beats, reports and commits may be repeated when the answer was lost. Refusals have a JSON body
+`{"detail": "..."}`:
 
     401  wrong or missing token
     404  the training, or all members of its generation, are not known yet: ask again
@@ -42,6 +43,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
+from deepseek_operator.connections import REQUEST_S, affordable_connections, bounded
 from deepseek_operator.runtime.coordinator import Coordinator, Crowded, Fenced, UnknownTraining
 
 BODY_LIMIT_BYTES: Final = 64 * 1024
@@ -131,7 +133,7 @@ def make_app(
     )
     app.state.waiters = waiters
     for error, status, headers in (
-        (UnknownTraining, 404, None),
+        (UnknownTraining, 404, {"Connection": "close"}),
         (Fenced, 410, None),
         (Crowded, 429, {"Retry-After": "5"}),
     ):
@@ -231,7 +233,7 @@ def _authenticate(coordinator: Coordinator, uid: str, request: Request) -> None:
         raise HTTPException(
             401,
             f"wrong or missing token of training {uid}",
-            headers={"WWW-Authenticate": "Bearer"},
+            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
 
 
@@ -281,8 +283,15 @@ class ServerThread:
         port: int = 0,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
+        request_s: float = REQUEST_S,
+        most_connections: int | None = None,
     ) -> None:
-        """Bind the port at once; 0 takes any free one. Raises OSError if it is taken."""
+        """Bind the port at once; 0 takes any free one.
+
+        A connection whose request has not arrived after `request_s` is broken, and so is one that
+        comes when there are `most_connections`, by default what the limit of open files allows.
+        Raises OSError if the port is taken.
+        """
         self._app = app
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server(
@@ -294,6 +303,8 @@ class ServerThread:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=bounded(request_s, most_connections or affordable_connections()),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -26,6 +26,7 @@ __all__ = ["Coordinator", "Crowded", "Fenced", "UnknownTraining", "training_toke
 
 DEFAULT_SILENCE_S = 5.0
 RETIRED_SILENCE_S = 60.0  # the pods of a training that is gone have ended when silent for longer
+RETIRED_LIFETIME_S = 3600.0  # and one that goes on talking is no pod any more
 
 
 def training_token(operator_key: bytes, training_uid: str) -> str:
@@ -53,7 +54,7 @@ class Coordinator:
         self._started_at_s = clock()
         self._lock = threading.Lock()
         self._rosters: dict[str, Roster] = {}
-        self._retired: set[str] = set()
+        self._retired: dict[str, float] = {}  # when, by uid
 
     # Called by the controller.
 
@@ -85,7 +86,7 @@ class Coordinator:
         """
         with self._lock:
             if uid in self._rosters:
-                self._retired.add(uid)
+                self._retired.setdefault(uid, self._clock())
 
     def publish(self, uid: str, membership: Membership) -> None:
         """Make a generation current. Its number must be in the training's status already."""
@@ -131,11 +132,13 @@ class Coordinator:
         with self._lock:
             now_s = self._clock()
             changed = []
-            for uid in [
-                u for u in self._retired if self._rosters[u].deserted(now_s, RETIRED_SILENCE_S)
-            ]:
-                self._retired.remove(uid)
-                del self._rosters[uid]
+            for uid, retired_at_s in list(self._retired.items()):
+                roster = self._rosters[uid]
+                if (
+                    roster.deserted(now_s, RETIRED_SILENCE_S)
+                    or now_s - retired_at_s > RETIRED_LIFETIME_S
+                ):
+                    del self._retired[uid], self._rosters[uid]
             for uid, roster in self._rosters.items():
                 roster.tick(now_s)
                 if roster.changed:
