@@ -85,28 +85,28 @@ def must_leave(s: Situation, pod: PodView) -> str:
     return _why(record) if record and avoided else ""
 
 
-def tolerating(s: Situation, names: Iterable[str]) -> DeepSeekTrainingStatus | None:
-    """The status in which the mildest of these nodes is used again; None if none may be.
+def tolerating(s: Situation, names: Iterable[str], *, count: int) -> DeepSeekTrainingStatus | None:
+    """The status in which the mildest of these nodes are used again; None if none may be.
 
     A lost node cannot be used.
     """
-    shunned = {n.name: n for n in excluded(s, s.status)}
+    shunned = {n.name for n in excluded(s, s.status)}
     records = {r.name: r for r in s.status.nodes}
     usable = []
-    for name in names:
+    for name in shunned.intersection(names):
         node, record = s.observed.nodes.get(name), records.get(name)
-        lost = record and record.reason == NODE_LOST
-        if name in shunned and node and node.ready and not lost:
+        if node and node.ready and not (record and record.reason == NODE_LOST):
             usable.append((_badness(node, record), name))
-    if not usable:
+    mildest = [name for _, name in sorted(usable)[:count]]
+    if not mildest:
         return None
-    name = min(usable)[1]
-    record = records.get(name) or NodeRecord(
-        name=name, reason=NODE_FAULT, time=rfc3339(s.now_s), avoid_until=None
-    )
-    kept = [r for r in s.status.nodes if r.name != name]
-    tolerated = record.model_copy(update={"tolerated": True})
-    return s.status.model_copy(update={"nodes": [*kept, tolerated][-RECORDS_LIMIT:]})
+    now = rfc3339(s.now_s)
+    known = [
+        records.get(name) or NodeRecord(name=name, reason=NODE_FAULT, time=now) for name in mildest
+    ]
+    kept = [r for r in s.status.nodes if r.name not in mildest]
+    made = [r.model_copy(update={"tolerated": True}) for r in known]
+    return s.status.model_copy(update={"nodes": [*kept, *made][-RECORDS_LIMIT:]})
 
 
 def wait_s(s: Situation, status: DeepSeekTrainingStatus) -> float | None:

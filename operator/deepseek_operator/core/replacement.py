@@ -97,15 +97,19 @@ def evacuate(s: Situation) -> Plan | None:
 
 
 def tolerate(s: Situation) -> Plan | None:
-    """Where pods find no node because they avoid some, the mildest of those is used again."""
+    """Where pods find no node because they avoid some, the mildest of those are used again."""
     waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
-    for pod in waiting:
-        affected = not pod.node and AFFINITY in pod.unschedulable
-        if affected and s.now_s - pod.created_at_s >= TOLERATE_AFTER_S:
-            after = nodes.tolerating(s, pod.excluded_nodes)
-            if after:
-                return Plan(status=after)
-    return None
+    affected = [
+        pod
+        for pod in waiting
+        if not pod.node
+        and AFFINITY in pod.unschedulable
+        and s.now_s - pod.created_at_s >= TOLERATE_AFTER_S
+        and not _avoids(s, pod)  # then it is made again, and may find one
+    ]
+    names = {name for pod in affected for name in pod.excluded_nodes}
+    after = nodes.tolerating(s, names, count=len(affected))
+    return Plan(status=after) if after else None
 
 
 def fill(s: Situation) -> Plan | None:

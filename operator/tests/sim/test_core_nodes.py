@@ -159,7 +159,8 @@ def unschedulable(training, excluded=("n1",), age_s=20.0, why="1 node(s) didn't 
 
 
 def tolerated(training):
-    return [r.name for r in training.plan().status.nodes if r.tolerated]
+    after = training.plan().status or training.status
+    return [r.name for r in after.nodes if r.tolerated]
 
 
 def test_a_bad_node_is_used_again_when_there_is_no_other():
@@ -179,6 +180,9 @@ def test_the_mildest_of_several_bad_nodes_is_used_again():
     training = faulty(crash(crash(case()), after_s=60), "n0")
     training = unschedulable(training, excluded=("n0", "n1"))
     assert tolerated(training) == ["n1"]
+    training.status = training.plan().status
+    assert deleted(training.plan()) == [("mini-1-2", None)]
+    assert tolerated(training) == ["n1"], "the other only if that does not help"
 
 
 def test_a_lost_node_is_not_tolerated():
