@@ -11,8 +11,7 @@ import random
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, Final
@@ -22,6 +21,7 @@ from deepseek_operator.connections import raise_file_limit
 from deepseek_operator.kube.api import ApiCluster
 from deepseek_operator.kube.port import ClusterError, NotFound
 from deepseek_operator.metrics import OperatorMetrics
+from deepseek_operator.runtime.clock import steady_clock
 from deepseek_operator.runtime.controller import RESYNC_S, Controller
 from deepseek_operator.runtime.coordinator import Coordinator
 from deepseek_operator.runtime.election import Election
@@ -35,12 +35,6 @@ HOST_RESTART_S: Final = 5.0
 LIST_RETRY_S: Final = 5.0
 
 log = logging.getLogger(__name__)
-
-
-def steady_clock() -> Callable[[], float]:
-    """Seconds since the epoch that never run backwards, whatever happens to the system's clock."""
-    offset_s = time.time() - time.monotonic()
-    return lambda: time.monotonic() + offset_s
 
 
 class LeadershipLost(Exception):

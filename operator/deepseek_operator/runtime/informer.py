@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from deepseek_operator.kube.port import Cluster, ClusterError, Gone, Resource, WatchEvent
+from deepseek_operator.runtime.clock import backoff_s
 
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 15.0
@@ -162,9 +163,12 @@ class Informer(Generic[V]):
         self._lost_at_s = None
 
     async def _pause(self) -> None:
-        backoff_s = min(LAST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
-        await asyncio.sleep(backoff_s * (0.5 + 0.5 * self._jitter()))
+        await asyncio.sleep(
+            backoff_s(
+                self._failures, first_s=FIRST_PAUSE_S, last_s=LAST_PAUSE_S, jitter=self._jitter()
+            )
+        )
 
 
 def _id(stored: dict[str, Any]) -> Id:

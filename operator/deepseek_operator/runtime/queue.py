@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
+from deepseek_operator.runtime.clock import backoff_s
+
 FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 300.0
 
@@ -65,8 +67,9 @@ class KeyedQueue(Generic[K]):
     def retry(self, key: K) -> float:
         """Have a key that failed worked on again after its back-off; return that, in seconds."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        backoff_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(failures - 1, 32))
-        delay_s = backoff_s * (0.5 + 0.5 * self._jitter())
+        delay_s = backoff_s(
+            failures, first_s=FIRST_RETRY_S, last_s=LAST_RETRY_S, jitter=self._jitter()
+        )
         self.add_after(key, delay_s)
         return delay_s
 

@@ -18,6 +18,7 @@ from deepseek_operator.core.model import Settings
 from deepseek_operator.core.volumes import checkpoint_uri
 from deepseek_operator.kube.port import EVENTS, PODS, TRAININGS, Resource, WatchEvent
 from deepseek_operator.local.cluster import LocalCluster
+from deepseek_operator.runtime.clock import steady_clock
 from deepseek_operator.runtime.controller import Controller
 from deepseek_operator.runtime.coordinator import Coordinator
 from deepseek_operator.runtime.views import training_view
@@ -52,8 +53,9 @@ class LocalRun:
         self.name: str = training["metadata"]["name"]
         self.folder = folder
         self.terminal = terminal
-        self.cluster = LocalCluster(folder.path, nodes=nodes)
-        self.coordinator = Coordinator(clock=time.time)
+        clock = steady_clock()
+        self.cluster = LocalCluster(folder.path, nodes=nodes, clock=clock)
+        self.coordinator = Coordinator(clock=clock)
         self.server = ServerThread(make_app(self.coordinator))
         self.controller = Controller(
             cluster=self.cluster,
@@ -65,7 +67,7 @@ class LocalRun:
                 status_interval_s=STATUS_INTERVAL_S,
             ),
             operator_key=os.urandom(32),
-            clock=time.time,
+            clock=clock,
             jitter=random.random,
         )
         self._manifest = {
