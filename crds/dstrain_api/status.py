@@ -88,6 +88,8 @@ class Progress(ApiModel):
     loss: float | None = Field(None, description="Training loss, in nats per token. Default: none. Example: 4.31.")
     tokens_per_second: float = Field(0.0, ge=0, description="Throughput of all workers, in tokens per second. Default: 0. Example: 5200.")
     mfu: float | None = Field(None, ge=0, description="Model FLOP utilisation as a ratio; none where the peak is unknown (CPU). Default: none. Example: 0.31.")
+    skipped_steps: int = Field(0, ge=0, description="Steps without an update, because gradients were not finite. Default: 0. Example: 2.")
+    rollbacks: int = Field(0, ge=0, description="Returns to a checkpoint because of bad numbers, without a restart. Default: 0. Example: 1.")
     eta_seconds: float | None = Field(None, ge=0, description="Seconds until complete at the current throughput. Default: none. Example: 42.")
 
 

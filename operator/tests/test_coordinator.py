@@ -507,3 +507,15 @@ def test_an_error_is_kept_with_its_class_its_step_and_the_folder_of_its_stacks()
     gang.coordinator.report(UID, Report(pod_uid="uid-0", generation=1, error=report))
     [error] = gang.seen.errors
     assert (error.failure_class, error.step, error.stacks) == ("numeric", 40, "/mnt/stacks")
+
+
+def test_progress_goes_back_only_by_a_rollback() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.report(0, 1, progress={"step": 40})
+    gang.report(0, 1, progress={"step": 30})
+    assert gang.seen.progress
+    assert gang.seen.progress.step == 40
+    gang.report(0, 1, progress={"step": 31, "rollbacks": 1})
+    assert gang.seen.progress
+    assert gang.seen.progress.step == 31

@@ -141,6 +141,9 @@ def _events(
         for n in after.excluded_nodes
         if n.name not in avoided and n.reason != NODE_LOST  # which has its own event
     ]
+    if after.progress.rollbacks > before.progress.rollbacks:
+        text = f"bad numbers: training went back to a checkpoint before step {before.progress.step}"
+        found.append(Event(type="Warning", reason="RolledBack", message=text, at_s=now_s))
     for said in after.conditions:
         event = _event(condition(before, said.type), said, now_s)
         if event:

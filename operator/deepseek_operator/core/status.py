@@ -128,6 +128,8 @@ def _progress(s: Situation, *, running: bool) -> Progress:
         loss=said.loss if said.loss is not None else known.loss,
         tokens_per_second=said.tokens_per_second,
         mfu=said.mfu,
+        skipped_steps=said.skipped_steps,
+        rollbacks=said.rollbacks,
     )
     if not running:
         return _standing(made)

@@ -393,7 +393,7 @@ class Roster:
 
     def _keep_progress(self, generation: int, progress: ProgressReport, now_s: float) -> None:
         last = self._progress if self._progress_generation == generation else None
-        if last and progress.step < last.step:
+        if last and progress.step < last.step and progress.rollbacks <= last.rollbacks:
             return
         resumed_step = progress.resumed_step
         if resumed_step is None and last:

@@ -136,6 +136,17 @@ def test_a_failure_is_over_when_the_first_new_step_is_reported():
     assert (after.seconds, after.resumed_step) == (8.0, 20)
 
 
+def test_a_return_to_a_checkpoint_because_of_bad_numbers_is_told():
+    case = Case().running(0, 1)
+    progress = case.gathering.progress.model_copy(
+        update={"step": 31, "rollbacks": 1, "skipped_steps": 10}
+    )
+    decided = case.knows(progress=progress).plan()
+    assert (decided.status.progress.rollbacks, decided.status.progress.skipped_steps) == (1, 10)
+    [event] = [e for e in decided.events if e.reason == "RolledBack"]
+    assert "before step 40" in event.message
+
+
 def test_a_pod_without_a_node_says_what_is_missing_and_what_to_do():
     case = Case().started(0, 1)
     message = "0/3 nodes are available: 3 Insufficient cpu. preemption: 0/3 nodes are available."
