@@ -239,6 +239,16 @@ def test_the_operator_may_do_what_it_does_and_no_more() -> None:
     }
 
 
+def test_the_operator_may_change_nodes_only_where_it_is_to_taint_them() -> None:
+    manifests = rendered("taintNodes=true")
+    role = only(manifests, "ClusterRole", FULL_NAME)
+    assert {verb for kind, verb in granted(role) if kind == "nodes"} == {
+        *("list", "watch", "get", "update")
+    }
+    assert environment(manifests)["DSTRAIN_TAINT_NODES"] == "true"
+    assert environment(rendered())["DSTRAIN_TAINT_NODES"] == "false"
+
+
 def test_limited_to_namespaces_the_operator_sees_only_nodes_elsewhere() -> None:
     manifests = rendered("watchNamespaces={team-a,team-b}")
     everywhere = only(manifests, "ClusterRole", FULL_NAME)

@@ -16,6 +16,7 @@ LABEL_TRAINING: Final = f"{GROUP}/training"
 LABEL_SLOT: Final = f"{GROUP}/slot"
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 ANNOTATION_EXCLUDED_NODES: Final = f"{GROUP}/excluded-nodes"  # of a pod, comma-separated
+TAINT_SUSPECT: Final = f"{GROUP}/suspect"  # of a node that failures point at, if asked for
 
 # Environment of every worker pod, set by the operator.
 ENV_COORDINATOR: Final = "DSTRAIN_COORDINATOR"  # http(s)://host:port

@@ -9,6 +9,7 @@ With a default:
     DSTRAIN_TRAINER_PULL_POLICY   Always, IfNotPresent (default) or Never
     DSTRAIN_TRAINER_PULL_SECRETS  names of pull secrets, by comma; none
     DSTRAIN_BEAT_INTERVAL_S       seconds between the beats of a worker pod; 1
+    DSTRAIN_TAINT_NODES           whether nodes that failures point at are tainted; false
     DSTRAIN_WATCH_NAMESPACES      namespaces, by comma; all
     DSTRAIN_COORDINATOR_HOST      address to listen on; all
     DSTRAIN_COORDINATOR_PORT      port to listen on; 8080
@@ -66,6 +67,7 @@ def from_environment(environment: Mapping[str, str]) -> Configuration:
             beat_interval_s=_seconds(environment),
             image_pull_policy=_pull_policy(environment),
             image_pull_secrets=_names(environment, "DSTRAIN_TRAINER_PULL_SECRETS"),
+            taint_nodes=_switch(environment, "DSTRAIN_TAINT_NODES"),
         ),
         token_key=_token_key(environment),
         namespaces=_names(environment, "DSTRAIN_WATCH_NAMESPACES"),
@@ -113,6 +115,13 @@ def _seconds(environment: Mapping[str, str]) -> float:
     if not 0.1 <= interval_s <= 60:
         raise ValueError(f"{ENV_BEAT_INTERVAL} is {text!r}: set it to 0.1 to 60 seconds")
     return interval_s
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name) or "false"
+    if text not in ("true", "false"):
+        raise ValueError(f"{name} is {text!r}: set it to true or false")
+    return text == "true"
 
 
 def _pull_policy(environment: Mapping[str, str]) -> str:

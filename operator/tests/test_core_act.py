@@ -4,8 +4,16 @@ import asyncio
 import logging
 
 import pytest
-from deepseek_operator.core.model import Event, Membership, Plan, PodDelete
-from deepseek_operator.kube.port import EVENTS, PODS, TRAININGS, ClusterError, NotFound, Refused
+from deepseek_operator.core.model import Event, Membership, Plan, PodDelete, Taint
+from deepseek_operator.kube.port import (
+    EVENTS,
+    NODES,
+    PODS,
+    TRAININGS,
+    ClusterError,
+    NotFound,
+    Refused,
+)
 from deepseek_operator.local.memory import MemoryCluster
 from deepseek_operator.runtime.act import WRITES_AT_ONCE, act
 from deepseek_operator.runtime.views import training_view
@@ -185,6 +193,24 @@ def test_what_is_refused_is_told_and_the_rest_is_made(cluster):
     outcome = carry_out(cluster, creates=(pod(), claim))
     assert outcome.refused == "Pod mini-0-1: exceeded quota"
     assert [o["kind"] for o in outcome.created] == ["PersistentVolumeClaim"]
+
+
+def test_a_node_is_tainted_once_and_keeps_its_other_taints(cluster):
+    cluster.put_node("n1")
+    cluster.edit(NODES, "", "n1", lambda n: n["spec"].update(taints=[{"key": "a"}]))
+    for _ in range(2):
+        carry_out(cluster, taints=(Taint(node="n1", reason="Hang"),))
+    assert cluster.get(NODES, "", "n1")["spec"]["taints"] == [
+        {"key": "a"},
+        {"key": "dstrain.dev/suspect", "value": "Hang", "effect": "NoSchedule"},
+    ]
+
+
+def test_a_node_that_is_gone_stops_nothing(cluster, caplog):
+    with caplog.at_level(logging.WARNING):
+        carry_out(cluster, taints=(Taint(node="n1", reason="Hang"),), events=(EVENT,))
+    assert "n1 was not tainted" in caplog.text
+    assert cluster.objects(EVENTS)
 
 
 def test_an_event_that_cannot_be_posted_stops_nothing(cluster, caplog):

@@ -43,6 +43,7 @@ def test_everything_set(tmp_path: Path) -> None:
             "DSTRAIN_TRAINER_PULL_POLICY": "Always",
             "DSTRAIN_TRAINER_PULL_SECRETS": "one,two",
             "DSTRAIN_BEAT_INTERVAL_S": "5",
+            "DSTRAIN_TAINT_NODES": "true",
             "DSTRAIN_TLS_CERT_FILE": str(cert),
             "DSTRAIN_TLS_KEY_FILE": str(key),
             "DSTRAIN_TLS_CA_FILE": str(cert),
@@ -52,6 +53,7 @@ def test_everything_set(tmp_path: Path) -> None:
     assert configuration.port == 9000
     assert configuration.settings.image_pull_secrets == ("one", "two")
     assert configuration.settings.beat_interval_s == 5
+    assert configuration.settings.taint_nodes
     assert (configuration.tls_cert, configuration.tls_key) == (cert, key)
     assert configuration.settings.coordinator_ca == cert.read_text()
 
@@ -73,6 +75,7 @@ def test_one_of_several_replicas_knows_its_pod() -> None:
         ({"DSTRAIN_TRAINER_PULL_POLICY": "Sometimes"}, "set one of Always"),
         ({"DSTRAIN_COORDINATOR_PORT": "http"}, "set it to a port"),
         ({"DSTRAIN_BEAT_INTERVAL_S": "often"}, "0.1 to 60 seconds"),
+        ({"DSTRAIN_TAINT_NODES": "1"}, "set it to true or false"),
         ({"DSTRAIN_TLS_CERT_FILE": "/nowhere"}, "which is no file"),
         ({"DSTRAIN_TLS_KEY_FILE": __file__}, "set both"),
     ],

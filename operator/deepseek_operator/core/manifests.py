@@ -30,8 +30,17 @@ def gang(
     What they need is asked for each time: it then is there again if somebody has deleted it.
     """
     avoid = tuple(n.name for n in nodes.excluded(s, status))
+    tolerates = s.settings.taint_nodes and any(r.tolerated for r in status.nodes)
     pods = tuple(
-        worker_pod(s.training, s.spec, s.settings, slot=i, attempt=status.attempt, avoid=avoid)
+        worker_pod(
+            s.training,
+            s.spec,
+            s.settings,
+            slot=i,
+            attempt=status.attempt,
+            avoid=avoid,
+            tolerates=tolerates,
+        )
         for i in slots
     )
     return (*supporting(s.training, s.spec, s.settings, s.observed.token), *pods) if pods else ()
@@ -55,8 +64,9 @@ def worker_pod(
     slot: int,
     attempt: int,
     avoid: tuple[str, ...] = (),
+    tolerates: bool = False,
 ) -> Manifest:
-    """One worker pod. `avoid` names nodes it must not run on."""
+    """One worker pod. `avoid` names nodes it must not run on; `tolerates` the taint of suspects."""
     name = pod_name(training.name, slot, attempt)
     labels = {
         **APP_LABELS,
@@ -81,6 +91,10 @@ def worker_pod(
             **meta["annotations"],
             names.ANNOTATION_EXCLUDED_NODES: ",".join(avoid),
         }
+    if tolerates:
+        suspects = {"key": names.TAINT_SUSPECT, "operator": "Exists"}
+        spec_made = patched["spec"]
+        spec_made["tolerations"] = [*spec_made.get("tolerations", ()), suspects]
     head = {"apiVersion": "v1", "kind": "Pod"}
     metadata = {**meta, **_identity(training, name)}
     return avoiding({**head, "metadata": metadata, "spec": patched["spec"]}, avoid)

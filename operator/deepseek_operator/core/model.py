@@ -198,6 +198,7 @@ class Settings:
     )
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
+    taint_nodes: bool = False  # keep all pods away from nodes that failures point at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,14 @@ class PodDelete:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taint:
+    """A node to taint, with the reason of the last failure that points at it."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something a person should read with `kubectl describe`. `reason` is from a closed list."""
 
@@ -233,7 +242,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to do, in this order: status, membership, creates, deletes, events.
+    """What to do, in this order: status, membership, creates, deletes, taints, events.
 
     `status` None leaves it as it is; a status is written before anything else is done.
     `membership` is published to the waiting pods; `end_generation` tells the members of that
@@ -248,5 +257,6 @@ class Plan:
     creates: tuple[Manifest, ...] = ()
     deletes: tuple[PodDelete, ...] = ()
     delete_training: bool = False  # its time to live is over
+    taints: tuple[Taint, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after_s: float | None = None

@@ -16,7 +16,7 @@ from dstrain_api.status import DeepSeekTrainingStatus, ExcludedNode, NodeRecord
 
 from deepseek_operator.core.clock import rfc3339, seconds
 from deepseek_operator.core.evidence import NODE_FAULT, Failure, from_outside
-from deepseek_operator.core.model import NodeView, PodView
+from deepseek_operator.core.model import NodeView, PodView, Taint
 from deepseek_operator.core.situation import NODE_LOST, Situation
 
 LOST_AT_LEAST_S = 60.0  # a node that came back at once may go again
@@ -107,6 +107,17 @@ def tolerating(s: Situation, names: Iterable[str], *, count: int) -> DeepSeekTra
     kept = [r for r in s.status.nodes if r.name not in mildest]
     made = [r.model_copy(update={"tolerated": True}) for r in known]
     return s.status.model_copy(update={"nodes": [*kept, *made][-RECORDS_LIMIT:]})
+
+
+def newly_suspect(s: Situation, after: DeepSeekTrainingStatus) -> tuple[Taint, ...]:
+    """Nodes that this status avoids for what happened there, and the one before did not."""
+    before = {n.name for n in s.status.excluded_nodes}
+    names = {n.name for n in after.excluded_nodes} - before
+    return tuple(
+        Taint(node=r.name, reason=r.reason)
+        for r in after.nodes
+        if r.name in names and r.offences >= AVOIDED_FROM
+    )
 
 
 def wait_s(s: Situation, status: DeepSeekTrainingStatus) -> float | None:

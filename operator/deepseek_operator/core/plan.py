@@ -77,6 +77,7 @@ def _composed(s: Situation, decision: Plan) -> Plan:
     return replace(
         decision,
         status=after if written else None,
+        taints=nodes.newly_suspect(s, after) if written and s.settings.taint_nodes else (),
         events=(*decision.events, *(_events(before, after, s.now_s) if written else ())),
         requeue_after_s=min((w for w in later if w is not None), default=None),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dstrain_api.constants import TAINT_SUSPECT
+
 from deepseek_operator.core import evidence, failures, nodes
 from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
@@ -14,7 +16,8 @@ from deepseek_operator.core.words import pod_problem
 
 REFUSED_RETRY_S = 15.0
 TOLERATE_AFTER_S = 10.0  # what ends elsewhere may make room meanwhile
-AFFINITY = "affinity"  # the scheduler's word for nodes that a pod must not use
+# The scheduler's words for nodes that a pod must not use.
+KEPT_AWAY = ("affinity", TAINT_SUSPECT)
 MOVABLE: tuple[SlotState, ...] = ("starting", "joining", "running")
 START_GRACE_S = 600.0  # a registry may be away for a while; a name that is wrong stays so
 SUPPLY_RETRY_S = 10.0
@@ -103,7 +106,7 @@ def tolerate(s: Situation) -> Plan | None:
         pod
         for pod in waiting
         if not pod.node
-        and AFFINITY in pod.unschedulable
+        and any(word in pod.unschedulable for word in KEPT_AWAY)
         and s.now_s - pod.created_at_s >= TOLERATE_AFTER_S
         and not _avoids(s, pod)  # then it is made again, and may find one
     ]

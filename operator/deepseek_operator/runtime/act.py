@@ -1,7 +1,7 @@
 """Carrying out a plan, in the one order that lets a crash happen between any two steps.
 
 Status first: it holds the facts that the later steps rely on, and its resourceVersion proves that
-they were decided on the newest training. Then the coordinator, then creates, deletes, events.
+they were decided on the newest training. Then the coordinator, creates, deletes, taints, events.
 Objects of one kind are made, or deleted, many at once: what a large gang costs is mostly waiting.
 """
 
@@ -20,8 +20,17 @@ from typing import Any, Final, Protocol, TypeVar
 from dstrain_api import constants as names
 
 from deepseek_operator.core.clock import rfc3339
-from deepseek_operator.core.model import Event, Manifest, Membership, Plan, PodDelete, Training
+from deepseek_operator.core.model import (
+    Event,
+    Manifest,
+    Membership,
+    Plan,
+    PodDelete,
+    Taint,
+    Training,
+)
 from deepseek_operator.kube.port import (
+    NODES,
     PODS,
     TRAININGS,
     AlreadyExists,
@@ -102,6 +111,8 @@ async def act(
     await _each(delete, plan.deletes, at_once)
     if plan.delete_training:
         await _delete(cluster, TRAININGS, where, training.name, uid=training.uid)
+    for taint in plan.taints:
+        await _taint(taint, cluster)
     for event in plan.events:
         await _tell(event, training, cluster)
     return Outcome(resource_version=version, refused=refused, created=created)
@@ -174,6 +185,20 @@ async def _delete(
 ) -> None:
     with suppress(NotFound):  # then it is gone already, which is all that is wanted
         await cluster.delete(resource, namespace, name, uid=uid, grace_s=grace_s)
+
+
+async def _taint(taint: Taint, cluster: Cluster) -> None:
+    """Keep all pods away from a node. It is for others: this training avoids the node anyway."""
+    try:
+        stored = await cluster.read(NODES, "", taint.node)
+        taints = stored["spec"].setdefault("taints", [])
+        if any(t["key"] == names.TAINT_SUSPECT for t in taints):
+            return
+        made = {"key": names.TAINT_SUSPECT, "value": taint.reason, "effect": "NoSchedule"}
+        taints.append(made)
+        await cluster.replace({"apiVersion": "v1", "kind": "Node", **stored})
+    except ClusterError as error:
+        log.warning("node %s was not tainted: %s", taint.node, error)
 
 
 async def _tell(event: Event, training: Training, cluster: Cluster) -> None:

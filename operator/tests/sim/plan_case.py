@@ -38,6 +38,7 @@ class Case:
         self.pods, self.members, self.nodes = {}, {}, {}
         self.gathering = Gathering(listening_s=100.0)
         self.refused = ""
+        self.settings = SETTINGS
         self.now_s = NOW_S
         for name in ("n0", "n1", "n2", "n3"):
             self.nodes[name] = NodeView(name=name, ready=True)
@@ -174,7 +175,7 @@ class Case:
             token="token",
             status_written_at_s=self.now_s - 60,
         )
-        return plan(replace(self.training(), **training), observed, SETTINGS, self.now_s)
+        return plan(replace(self.training(), **training), observed, self.settings, self.now_s)
 
 
 def made(decided):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from deepseek_operator.core.clock import seconds
 from deepseek_operator.core.evidence import Failure
-from deepseek_operator.core.model import NodeView, Observed
+from deepseek_operator.core.model import NodeView, Observed, Taint
 from deepseek_operator.core.nodes import blame
 from deepseek_operator.core.situation import survey
 from dstrain_api.protocol import HANG
@@ -93,6 +93,31 @@ def test_workers_leave_a_node_that_has_become_one_to_avoid_without_another_failu
     assert deleted(decided) == [("mini-1-1", None)]
     assert decided.status.attempt == 2
     assert decided.status.restarts.counted == counted
+
+
+def test_a_node_is_tainted_only_where_that_is_asked_for_and_only_for_what_happened_there():
+    training = crash(case())
+    training.now_s += 60
+    training.running(0, 1, generation=3).knows(errors=()).error(1, -11, fingerprint="f3")
+    assert training.plan().taints == ()
+    training.settings = replace(SETTINGS, taint_nodes=True)
+    assert training.plan().taints == (Taint(node="n1", reason="ProcessKilled"),)
+    training.status = training.plan().status
+    assert training.plan().taints == ()
+    lost = case().silent(1)
+    lost.settings = training.settings
+    assert lost.plan().taints == ()
+
+
+def test_pods_that_find_no_other_node_tolerate_the_taint():
+    training = faulty(case()).written()
+    training.settings = replace(SETTINGS, taint_nodes=True)
+    training = unschedulable(training, why="1 node(s) had untolerated taint(s) dstrain.dev/suspect")
+    assert tolerated(training) == ["n1"]
+    training.status = training.plan().status
+    del training.pods[1]
+    pod = training.plan().creates[-1]
+    assert {"key": "dstrain.dev/suspect", "operator": "Exists"} in pod["spec"]["tolerations"]
 
 
 def test_the_memory_of_nodes_is_bounded_and_fades():
