@@ -11,11 +11,12 @@ from deepseek_operator.core.lease import (
     Candidate,
     Lease,
     destination,
-    held,
     lease_of,
     new_lease,
     released,
+    renewed,
     route,
+    taken,
 )
 
 OWNER = {"apiVersion": "v1", "kind": "Service", "name": "op", "uid": "u"}
@@ -83,16 +84,16 @@ def test_a_replica_that_yields_acts_no_more() -> None:
 
 
 def test_a_renewal_moves_only_its_time_and_a_change_of_holder_is_counted() -> None:
-    renewed = held(stored(), "a", 60.0)
-    assert renewed["spec"] == stored()["spec"] | {"renewTime": "1970-01-01T00:01:00.000000Z"}
-    taken = held(stored(), "b", 60.0)["spec"]
-    assert (taken["holderIdentity"], taken["leaseTransitions"]) == ("b", 1)
-    assert taken["acquireTime"] == taken["renewTime"]
+    after = renewed(stored(), "a", 60.0)
+    assert after == stored(renewTime="1970-01-01T00:01:00.000000Z")
+    spec = taken(stored(), "b", OWNER, 60.0)["spec"]
+    assert (spec["holderIdentity"], spec["leaseTransitions"]) == ("b", 1)
+    assert spec["acquireTime"] == spec["renewTime"]
     assert released(stored())["spec"]["holderIdentity"] == ""
 
 
 def test_a_write_names_the_version_that_was_read() -> None:
-    for after in (held(stored(), "b", 60.0), released(stored())):
+    for after in (taken(stored(), "b", OWNER, 60.0), renewed(stored(), "a", 60.0)):
         assert after["metadata"]["resourceVersion"] == "7"
 
 
@@ -101,5 +102,5 @@ def test_the_route_leads_to_one_pod(address: str, family: str) -> None:
     made = route("ns", "op", address, 8080, "op-1", OWNER)
     assert made["addressType"] == family
     assert made["metadata"]["labels"]["kubernetes.io/service-name"] == "op"
-    assert destination(made) == ([address], [8080])
-    assert destination({}) == ([], [])
+    assert destination(made) == ([address], [8080], ["u"])
+    assert destination({"metadata": {}}) == ([], [], [])

@@ -94,14 +94,22 @@ def new_lease(namespace: str, name: str, holder: str, owner: Object, now_s: floa
     }
 
 
-def held(stored: Mapping[str, Any], holder: str, now_s: float) -> Object:
-    """The Lease, taken or renewed; `now_s` is in seconds since the epoch."""
-    spec, at = dict(stored.get("spec") or {}), _micro_time(now_s)
-    if spec.get("holderIdentity") != holder:
-        spec["acquireTime"] = at
-        spec["leaseTransitions"] = spec.get("leaseTransitions", 0) + 1
-    spec |= {"holderIdentity": holder, "leaseDurationSeconds": DURATION_S, "renewTime": at}
-    return {**stored, "spec": spec}
+def taken(stored: Mapping[str, Any], holder: str, owner: Object, now_s: float) -> Object:
+    """The Lease with another holder; `now_s` is in seconds since the epoch.
+
+    Its owner may be the Service of an installation before this one, which it must not go with.
+    """
+    spec = dict(stored.get("spec") or {})
+    spec["acquireTime"] = _micro_time(now_s)
+    spec["leaseTransitions"] = spec.get("leaseTransitions", 0) + 1
+    metadata = {**stored["metadata"], "ownerReferences": [owner]}
+    return renewed({**stored, "metadata": metadata, "spec": spec}, holder, now_s)
+
+
+def renewed(stored: Mapping[str, Any], holder: str, now_s: float) -> Object:
+    """The Lease, renewed by its holder; `now_s` is in seconds since the epoch."""
+    now = {"leaseDurationSeconds": DURATION_S, "renewTime": _micro_time(now_s)}
+    return {**stored, "spec": {**(stored.get("spec") or {}), "holderIdentity": holder, **now}}
 
 
 def released(stored: Mapping[str, Any]) -> Object:
@@ -135,10 +143,11 @@ def route(namespace: str, service: str, address: str, port: int, pod: str, owner
     }
 
 
-def destination(stored: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Addresses and ports that an EndpointSlice sends to."""
+def destination(stored: Mapping[str, Any]) -> tuple[list[str], list[int], list[str]]:
+    """Addresses and ports that an EndpointSlice sends to, and the uids of its owners."""
     addresses = [a for endpoint in stored.get("endpoints") or () for a in endpoint["addresses"]]
-    return addresses, [port["port"] for port in stored.get("ports") or ()]
+    ports = [port["port"] for port in stored.get("ports") or ()]
+    return addresses, ports, [o["uid"] for o in stored["metadata"].get("ownerReferences") or ()]
 
 
 def _micro_time(at_s: float) -> str:

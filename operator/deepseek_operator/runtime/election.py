@@ -19,11 +19,12 @@ from typing import Any, Final
 from deepseek_operator.core.lease import (
     Candidate,
     destination,
-    held,
     lease_of,
     new_lease,
     released,
+    renewed,
     route,
+    taken,
 )
 from deepseek_operator.kube.port import (
     LEASES,
@@ -166,8 +167,13 @@ class Election:
         self._won(sent_at_s)
 
     async def _take(self, stored: dict[str, Any], sent_at_s: float) -> None:
+        holder = self._replica.pod
+        if lease_of(stored).holder == holder:
+            after = renewed(stored, holder, self._clock())
+        else:
+            after = taken(stored, holder, await self._owner(), self._clock())
         try:
-            await self._cluster.replace(held(stored, self._replica.pod, self._clock()))
+            await self._cluster.replace(after)
         except (Conflict, NotFound):
             return  # another one was faster
         self._won(sent_at_s)
