@@ -261,7 +261,10 @@ class Trainer:
         )
 
         def prune() -> None:
-            folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+            try:
+                folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+            except OSError as error:  # the next commit tries again
+                _log.warning("old checkpoints could not be deleted: %s", error)
 
         verifier = Verifier(folder, verified=prune, damaged=pace.hurry)
 

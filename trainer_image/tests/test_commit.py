@@ -114,14 +114,28 @@ def test_the_next_save_takes_the_place_of_a_draft_that_waits(
     assert sorted(path.name for path in folder.root.iterdir()) == ["LATEST", "step-60"]
 
 
-def test_a_commit_that_cannot_be_written_reaches_the_training(
+def test_a_commit_that_cannot_be_written_is_told_to_who_waits_and_the_next_one_may_succeed(
     folder: CheckpointFolder, coordinator: Coordinator
 ) -> None:
-    commits, _ = committer(folder, coordinator)
+    commits, steps = committer(folder, coordinator)
     coordinator.answers.put(YES)
     commits.submit(40, folder.root / "never-written", began_s=0.0)
     with pytest.raises(FileNotFoundError):
         commits.wait()
+    coordinator.answers.put(YES)
+    commits.submit(50, draft(folder, 50), began_s=0.0)
+    assert commits.wait().accepted
+    assert steps == [50]
+
+
+def test_a_checkpoint_counts_when_it_has_its_name_whatever_latest_says(
+    folder: CheckpointFolder,
+) -> None:
+    """As after a kill between the two renames of a commit."""
+    folder.commit(draft(folder, 40), 40)
+    draft(folder, 50).rename(folder.root / "step-50")
+    assert (folder.root / "LATEST").read_text() == "step-40\n"
+    assert [step for step, _ in folder.committed()] == [50, 40]
 
 
 def test_a_step_that_an_earlier_generation_committed_late_gives_way(

@@ -1,6 +1,9 @@
 """The local tier: what a killed process leaves in its pod's memory, and when it counts."""
 
+import hashlib
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +17,10 @@ from deepseek_trainer.state.checkpoint import Checkpointer, Offer, common_copies
 from deepseek_trainer.state.local import CopyId, LocalCopies, file_size, free_memory, open_copies
 from deepseek_trainer.state.progress import Progress
 from dstrain_api.constants import ENV_CHECKPOINT_DIR, ENV_GENERATION, ENV_LOCAL_DIR
+from torch.distributed.tensor import DTensor
 
 from .examples import config
-from .ranks import launch
+from .ranks import launch, start
 
 WORLD = 2
 SETTINGS = config(steps=20, every_steps=1000)
@@ -208,3 +212,52 @@ def test_free_memory_is_the_limit_less_what_cannot_be_given_back(
     make: Callable[[Path], Path], free: float, tmp_path: Path
 ) -> None:
     assert free_memory(make(tmp_path)) == free
+
+
+def train_and_note(pod: Path, generation: int, notes: Path) -> None:
+    """Train for ever, copy as often as possible, and note a digest of the state of every step."""
+    trainer, checkpoints, progress = begin(pod, generation)
+    with (notes / str(trainer.mesh.rank)).open("a", buffering=1) as file:
+        file.write(f"resumed {progress.step} {digest(trainer)}\n")
+        while True:
+            wish = Flags(copy=True, busy=checkpoints.flags(0).busy)
+            checkpoints.keep(progress, trainer.step(progress, wish).flags)
+            file.write(f"made {progress.step} {digest(trainer)}\n")
+
+
+def digest(trainer: Trainer) -> str:
+    sha = hashlib.sha256()
+    for tensor in [*trainer.model.parameters(), *trainer.optimizer.moments().values()]:
+        assert isinstance(tensor, DTensor)
+        sha.update(tensor.to_local().detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_whenever_processes_are_killed_a_state_is_resumed_that_all_of_them_had(
+    pod: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(1)
+    for generation in range(1, 5):
+        ranks = start(WORLD, train_and_note, pod, generation, tmp_path)
+        before = lines(tmp_path)
+        while lines(tmp_path) < before + 2 * rng.randint(4, 12):
+            time.sleep(rng.uniform(0.001, 0.01))
+        for process, _ in ranks:
+            process.kill()
+        for process, _ in ranks:
+            process.join()
+    resumed = []
+    for file in sorted(tmp_path.iterdir()):
+        made: dict[str, str] = {}
+        for line in file.read_text().splitlines():
+            kind, step, sha = line.split()
+            assert made.setdefault(step, sha) == sha  # the same numbers the second time
+            if kind == "resumed":
+                resumed.append(int(step))
+    assert resumed[:4] == resumed[4:]
+    assert resumed == sorted(resumed[:4]) * 2
+    assert resumed[-1] > 0
+
+
+def lines(notes: Path) -> int:
+    return sum(file.read_text().count("\n") for file in notes.iterdir())

@@ -116,10 +116,12 @@ def join_world() -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # OpenMP threads spin at every operation's end: with a busy neighbour a mini step takes 1 s
-        # instead of 16 ms.
-        torch.set_num_threads(1)
+    # OpenMP threads spin at every operation's end: with a busy neighbour a mini step takes 1 s
+    # instead of 16 ms.
+    one_thread = not cuda and "OMP_NUM_THREADS" not in os.environ
+    # Also where nothing changes: in a fork, the first two threads that ask for torch's thread pool
+    # at once may get none (2.13).
+    torch.set_num_threads(1 if one_thread else torch.get_num_threads())
     alone = "WORLD_SIZE" not in os.environ
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",

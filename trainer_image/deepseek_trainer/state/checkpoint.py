@@ -120,12 +120,18 @@ class Checkpointer:
             OSError: the storage is full or away.
         """
         self._background.wait()
-        committer = self._tier.committer
-        accepted = [not committer or bool(self._tier.error) or committer.wait().accepted]
+        outcome: list[bool | str] = [True]
         if self._tier.error:
-            raise OSError(self._tier.error)
-        dist.broadcast_object_list(accepted)
-        return accepted[0]
+            outcome = [self._tier.error]
+        elif self._tier.committer:
+            try:
+                outcome = [self._tier.committer.wait().accepted]
+            except OSError as error:
+                outcome = [str(error)]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], str):
+            raise OSError(outcome[0])
+        return outcome[0]
 
     def restore(self) -> Progress:
         """Load the newest state that is whole on every rank: a local copy, or else a checkpoint; a
@@ -151,7 +157,7 @@ class Checkpointer:
         """
         self._background.wait()
         if self._tier.committer:
-            self._tier.committer.wait()
+            self._tier.committer.drain()
         if self._local:
             self._local.keep_only(None)
         names = [self._tier.history() if self._mesh.rank == 0 else None]

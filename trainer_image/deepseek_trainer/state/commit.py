@@ -84,30 +84,35 @@ class Committer:
         threading.Thread(target=self._run, name="committer", daemon=True).start()
 
     def submit(self, step: int, draft: Path, *, began_s: float) -> None:
-        """Commit a complete draft as soon as the coordinator agrees; `began_s` is monotonic time.
+        """Commit a complete draft as soon as the coordinator agrees.
 
-        Raises:
-            OSError: an earlier commit could not be written.
+        Args:
+            step: of the draft.
+            draft: its folder.
+            began_s: when its save began, in monotonic time.
         """
         with self._changed:
-            if self._failure:
-                raise self._failure
             if self._waiting:
                 shutil.rmtree(self._waiting.path)
+            self._failure = None
             self._waiting = _Draft(step, draft, began_s)
             self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until nothing is left to commit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._busy))
 
     def wait(self) -> Verdict:
         """Wait until nothing is left to commit; the last answer.
 
         Raises:
-            OSError: a commit could not be written.
+            OSError: the last commit could not be written.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._busy))
-            if self._failure:
-                raise self._failure
-            return self._verdict
+        self.drain()
+        if self._failure:
+            raise self._failure
+        return self._verdict
 
     def _run(self) -> None:
         while True:
@@ -117,11 +122,9 @@ class Committer:
                 self._waiting, self._busy = None, True
             try:
                 self._settle(draft)
-            except Exception as error:  # noqa: BLE001  (handed to the training thread)
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
+            except Exception as error:  # noqa: BLE001  (told to who waits; the next may succeed)
+                _log.error("step %d cannot be committed: %s", draft.step, error)
+                self._failure = error
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()

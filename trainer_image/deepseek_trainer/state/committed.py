@@ -8,10 +8,11 @@ import hashlib
 import logging
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from deepseek_trainer.state.verify import Verifier
 
 _log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+Answer = TypeVar("Answer")
 ROOM: Final = 1.05  # of the size of the last checkpoint must be free before the next
 
 
@@ -60,10 +62,23 @@ class CommittedTier:
         """Write a draft and hand it to the committer, in the background of every rank. If the
         storage does not take it, `error` says why.
         """
-        self.error = self._make_room(progress.step)
-        if self.error:
-            return
+        self.error = None
         draft = self.folder.draft(progress.step, self.generation)
+        try:
+            self._write(draft, tensors, progress, updates)
+        except OSError as error:
+            self.error = f"step {progress.step} cannot be saved in {self.folder.root}: {error}"
+            if self.committer:
+                _log.error("%s; training goes on with the checkpoint before", self.error)
+                shutil.rmtree(draft, ignore_errors=True)  # else the next generation clears it
+        else:
+            if self.committer:
+                self.committer.submit(progress.step, draft, began_s=began_s)
+
+    def _write(self, draft: Path, tensors: Tensors, progress: Progress, updates: int) -> None:
+        """Write a complete draft. Raises OSError on every rank if it fails on one."""
+        first = self.mesh.rank == 0
+        self._together(lambda: self._make_room() if first else None)
         try:
             save(
                 tensors,
@@ -71,48 +86,40 @@ class CommittedTier:
                 process_group=self._group,
             )
         except CheckpointException as error:  # raised by every rank if it is by one
-            reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
             # torch hides the system's error behind one of its own archive format.
-            self.error = (
-                f"step {progress.step} cannot be saved in {self.folder.root}, which may be full or "
-                f"away: {'; '.join(sorted(reasons))}"
-            )
-            if self.mesh.rank == 0:
-                _log.error("%s; training goes on with the checkpoint before", self.error)
-                shutil.rmtree(draft)
-            return
-        own = {
-            path.name: manifests.describe(path)
-            for path in draft.glob(f"__{self.mesh.rank}_*.distcp")
-        }
-        parts: list[dict[str, dict[str, object]]] = [{} for _ in range(self.mesh.world)]
-        dist.gather_object(own, parts if self.mesh.rank == 0 else None, group=self._group)
-        if self.committer:
-            files = {name: facts for part in parts for name, facts in part.items()}
-            files[".metadata"] = manifests.describe(draft / ".metadata")
-            manifests.write(draft, self._manifest(progress, updates, files))
-            self.committer.submit(progress.step, draft, began_s=began_s)
+            reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
+            raise OSError(f"it may be full or away: {'; '.join(sorted(reasons))}") from error
+        own = [".metadata"] if first else []
+        own += [path.name for path in draft.glob(f"__{self.mesh.rank}_*.distcp")]
+        parts = self._together(lambda: {name: manifests.describe(draft / name) for name in own})
+        files = {name: facts for part in parts for name, facts in part.items()}
+        manifest = self._manifest(progress, updates, files)
+        self._together(lambda: manifests.write(draft, manifest) if first else None)
 
-    def _make_room(self, step: int) -> str | None:
-        """Why there is no room for a save; asked by rank 0, known to all."""
-        answer = [self._lack_of_room(step) if self.mesh.rank == 0 else None]
-        dist.broadcast_object_list(answer, group=self._group)
-        return answer[0]
+    def _together(self, act: Callable[[], Answer]) -> list[Answer]:
+        """What an action gives on each rank. Raises OSError on every rank if it does on one."""
+        answers: list[tuple[Any, str]] = [(None, "")] * self.mesh.world
+        own: tuple[Answer | None, str]
+        try:
+            own = act(), ""
+        except OSError as error:
+            own = None, str(error) or repr(error)
+        dist.all_gather_object(answers, own, group=self._group)
+        if reasons := sorted({reason for _, reason in answers if reason}):
+            raise OSError("; ".join(reasons))
+        return [answer for answer, _ in answers]
 
-    def _lack_of_room(self, step: int) -> str | None:
+    def _make_room(self) -> None:
         needed_bytes = self._newest_size() * ROOM
         if shutil.disk_usage(self.folder.root).free >= needed_bytes:
-            return None
+            return
         self.folder.prune(keep_last=LEAST, keep_every_steps=self.config.checkpoint.keep_every_steps)
         free_bytes = shutil.disk_usage(self.folder.root).free
-        if free_bytes >= needed_bytes:
-            return None
-        lack = (
-            f"step {step} is not saved: a checkpoint needs {needed_bytes / 2**20:.1f} MiB, and "
-            f"{self.folder.root} has {free_bytes / 2**20:.1f} MiB; make room there"
-        )
-        _log.error("%s; training goes on with the checkpoint before", lack)
-        return lack
+        if free_bytes < needed_bytes:
+            raise OSError(
+                f"a checkpoint needs {needed_bytes / 2**20:.1f} MiB, and only "
+                f"{free_bytes / 2**20:.1f} MiB are free; make room there"
+            )
 
     def _newest_size(self) -> int:
         """Bytes of the newest checkpoint; 0 where there is none to go by."""
