@@ -44,6 +44,9 @@ OUTSIDE_SIGNALS = frozenset({1, 2, 9, 15})
 GROWN = "Grown"
 NODE_FAULT = "NodeFault"
 
+# Characters of a text from outside, whose end says most; the history has room for a sentence more.
+TEXT_LIMIT = 1536
+
 _ORDER: dict[FailureClass, int] = {
     "infrastructure": 0,
     "outOfMemory": 1,
@@ -128,8 +131,7 @@ def moved_pod(s: Situation, pod: PodView, why: str) -> Failure:
         failure_class="preemption" if leaving else "infrastructure",
         reason="NodeLeaving" if leaving else NODE_FAULT,
         message=f"{pod.name} is moved from node {pod.node}: {why}",
-        node=pod.node,
-        pod=pod.name,
+        node=pod.node,  # no pod: it has not failed, and the next one may have its name
     )
 
 
@@ -155,7 +157,8 @@ def failed_pod(s: Situation, pod: PodView) -> Failure:
             node=pod.node,
             pod=pod.name,
         )
-    text = container.terminated_message or f"the container ended with {container.exit_code}"
+    text = container.terminated_message[-TEXT_LIMIT:]
+    text = text or f"the container ended with {container.exit_code}"
     failure = Failure(
         failure_class="application",
         reason="PodFailed",
@@ -256,7 +259,7 @@ def _worded(s: Situation, failure: Failure, error: WorkerError) -> Failure:
     if error.failure_class == "outOfMemory":
         pod = next((p for p in s.observed.pods if p.uid == error.pod_uid), None)
         said += f": {_memory_advice(s, pod if error.exit_code < 0 else None)}"
-    text = f"{error.pod}: {said}" + (f": {error.message}" if error.message else "")
+    text = f"{error.pod}: {said}" + (f": {error.message[-TEXT_LIMIT:]}" if error.message else "")
     return replace(failure, reason=reason, message=text)
 
 

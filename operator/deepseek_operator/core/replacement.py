@@ -65,12 +65,14 @@ def stillborn(s: Situation) -> Plan | None:
     found = [(pod, problem) for pod in overdue if (problem := pod_problem(s, pod))]
     if not found:
         return None
+    deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in found)
+    if any(pod.name in s.told for pod, _ in found):
+        return Plan(deletes=deletes)
     failure = evidence.stillborn_pod(found[0][0], *found[0][1])
     after = failures.record(s, failure, generation=0)
     after = after.model_copy(update={"attempt": after.attempt + 1})
     if last := failures.verdict(s, failure, after):
         return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
-    deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in found)
     return Plan(status=after, deletes=deletes)
 
 
@@ -79,23 +81,24 @@ def evacuate(s: Situation) -> Plan | None:
 
     They save and end as when they are deleted, and are made again elsewhere.
     """
-    if s.in_state("vacant"):
-        return None  # a cache that lags may hide a living pod: no new attempt before it shows
     pods = [slot.pod for slot in s.in_state(*MOVABLE) if slot.pod]
     moved = [(pod, why) for pod in pods if (why := nodes.must_leave(s, pod))]
     if not moved:
         return None
-    members = s.membership.pod_uids if s.membership else ()
-    after, inside = s.status, any(pod.uid in members for pod, _ in moved)
-    # What made a node one to avoid is counted already; what it says of itself is not.
-    causes = [evidence.moved_pod(s, pod, why) for pod, why in moved if nodes.is_troubled(s, pod)]
-    if causes and not (inside and s.accounted):
-        failure = min(causes, key=lambda f: f.severity)
-        after = failures.record(s, failure, generation=s.status.generation if inside else 0)
-        if last := failures.verdict(s, failure, after):
-            return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
-    after = after.model_copy(update={"attempt": after.attempt + 1})
     deletes = tuple(PodDelete(name=pod.name, uid=pod.uid) for pod, _ in moved)
+    members = s.membership.pod_uids if s.membership else ()
+    # What made a node one to avoid is counted already; what it says of itself is not.
+    causes = [
+        evidence.moved_pod(s, pod, why)
+        for pod, why in moved
+        if pod.uid in members and nodes.is_troubled(s, pod)
+    ]
+    if not causes or s.accounted:
+        return Plan(deletes=deletes)
+    failure = min(causes, key=lambda f: f.severity)
+    after = failures.record(s, failure, generation=s.status.generation)
+    if last := failures.verdict(s, failure, after):
+        return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
     return Plan(status=after, deletes=deletes)
 
 

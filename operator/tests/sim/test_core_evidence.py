@@ -61,6 +61,13 @@ def test_a_pod_that_was_killed_for_its_memory_names_the_limit_and_what_to_change
     assert "set workers.resources.requests.memory" in entry.message
 
 
+def test_a_long_traceback_loses_its_beginning_and_not_who_failed_and_how():
+    case = Case().running(0, 1).error(1, message="frame\n" * 340 + "KeyError: 'lr'")
+    message = case.plan().status.history[-1].message
+    assert message.startswith("mini-1-1: a process ended with exit code 1: ")
+    assert message.endswith("KeyError: 'lr'")
+
+
 def test_what_the_kubelet_says_of_an_eviction_is_kept():
     case = Case().running(0, 1)
     case.change_pod(1, phase="Failed", reason="Evicted", message="low on resource: memory")

@@ -91,8 +91,8 @@ def test_workers_leave_a_node_that_has_become_one_to_avoid_without_another_failu
     training.joining(0, 1)
     decided = training.plan()
     assert deleted(decided) == [("mini-1-1", None)]
-    assert decided.status.attempt == 2
-    assert decided.status.restarts.counted == counted
+    training.status = decided.status or training.status
+    assert training.status.restarts.counted == counted
 
 
 def test_a_node_is_tainted_only_where_that_is_asked_for_and_only_for_what_happened_there():
@@ -147,11 +147,13 @@ def test_a_worker_leaves_a_node_whose_gpu_is_broken_before_it_crashes():
     assert (entry.failure_class, entry.reason, entry.node) == ("infrastructure", "NodeFault", "n1")
     assert "[79] GPU has fallen off the bus" in entry.message
     training.status = decided.status
+    again = training.plan()  # a cache that lags does not show yet that the pod ends
+    assert (again.status, deleted(again)) == (None, [("mini-1-1", None)])
     training.change_pod(1, deleting=True)
     assert training.plan().deletes == ()
     del training.members[training.pods.pop(1).uid]
     later = training.plan()
-    assert made(later) == ["mini-1-2"]
+    assert made(later) == ["mini-1-1"]
     assert later.creates[-1]["metadata"]["annotations"] == {"dstrain.dev/excluded-nodes": "n1"}
 
 
