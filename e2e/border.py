@@ -85,7 +85,7 @@ class Border:
         body = await request.read()
         try:
             async with self._session.request(
-                request.method, url, data=body, headers=headers
+                request.method, url, data=body or None, headers=headers
             ) as answer:
                 if watching:
                     return await self._stream(request, answer)
