@@ -72,6 +72,7 @@ def _composed(s: Situation, decision: Plan) -> Plan:
         _progress_wait_s(s, wait_s, written),
         s.doubt_s,
         elastic.wait_s(s),
+        replacement.wait_s(s),
         nodes.wait_s(s, after),
     ]
     return replace(

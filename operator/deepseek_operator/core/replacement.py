@@ -61,7 +61,7 @@ def stillborn(s: Situation) -> Plan | None:
     if s.status.generation:
         return None
     waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
-    overdue = [p for p in waiting if 0 < p.scheduled_at_s < s.now_s - START_GRACE_S]
+    overdue = [p for p in waiting if p.scheduled_at_s and s.now_s >= _given_up_at_s(p)]
     found = [(pod, problem) for pod in overdue if (problem := pod_problem(s, pod))]
     if not found:
         return None
@@ -108,14 +108,22 @@ def tolerate(s: Situation) -> Plan | None:
     affected = [
         pod
         for pod in waiting
-        if not pod.node
-        and any(word in pod.unschedulable for word in KEPT_AWAY)
+        if _is_kept_away(pod)
         and s.now_s - pod.created_at_s >= TOLERATE_AFTER_S
         and not _avoids(s, pod)  # then it is made again, and may find one
     ]
     names = {name for pod in affected for name in pod.excluded_nodes}
     after = nodes.tolerating(s, names, count=len(affected))
     return Plan(status=after) if after else None
+
+
+def wait_s(s: Situation) -> float | None:
+    """Seconds until a pod that waits has waited for too long."""
+    waiting = [slot.pod for slot in s.in_state("starting") if slot.pod]
+    ends = [p.created_at_s + TOLERATE_AFTER_S for p in waiting if _is_kept_away(p)]
+    if not s.status.generation:
+        ends += [_given_up_at_s(p) for p in waiting if p.scheduled_at_s and pod_problem(s, p)]
+    return min((at_s - s.now_s for at_s in ends if at_s > s.now_s), default=None)
 
 
 def fill(s: Situation) -> Plan | None:
@@ -163,6 +171,16 @@ def supply(s: Situation) -> Plan | None:
         creates=supporting(s.training, s.spec, s.settings, s.observed.token),
         requeue_after_s=SUPPLY_RETRY_S,
     )
+
+
+def _given_up_at_s(pod: PodView) -> float:
+    return pod.scheduled_at_s + START_GRACE_S
+
+
+def _is_kept_away(pod: PodView) -> bool:
+    """Whether a pod finds no node because there are some that it must not use."""
+    kept_away = any(word in pod.unschedulable for word in KEPT_AWAY)
+    return not pod.node and kept_away and bool(pod.excluded_nodes)
 
 
 def _misses_something(pod: PodView) -> bool:

@@ -193,6 +193,7 @@ def tolerated(training):
 def test_a_bad_node_is_used_again_when_there_is_no_other():
     training = faulty(case()).written()
     assert tolerated(unschedulable(training, age_s=5.0)) == []
+    assert training.plan().requeue_after_s == pytest.approx(5.0)
     training = unschedulable(training)
     assert tolerated(training) == ["n1"]
     decided = training.plan()
