@@ -72,6 +72,8 @@ class Console:
         if last or now_s >= self._next_report_s:
             self._next_report_s = now_s + _REPORT_EVERY_S
             self._report(progress, totals, learning_rate, saving)
+        else:
+            reporting.report_step(progress.step)  # an error is told apart by its step
         if self._first and (last or now_s >= self._next_print_s):
             self._next_print_s = now_s + _PRINT_EVERY_S
             _log.info(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deepseek_operator.core.model import Membership, MemberView
 from deepseek_operator.runtime.coordinator import Coordinator
@@ -54,7 +55,9 @@ WORKER = """
             dist.all_reduce(ones)
             step += 1
             said = dict(at=time.time(), pid=os.getpid(), rank=rank, world=world, step=step,
-                        generation=int(os.environ["DSTRAIN_GENERATION"]), sum=ones.item())
+                        generation=int(os.environ["DSTRAIN_GENERATION"]), sum=ones.item(),
+                        local=os.environ["DSTRAIN_LOCAL_DIR"],
+                        failures=os.environ["DSTRAIN_FAILURE_INTERVAL_S"])
             trace.write(json.dumps(said) + "\\n")
             report(step=step, tokens=step * 100, step_seconds=0.02, resumed_step=0)
             if os.path.exists(f"{folder}/raise-{slot}"):
@@ -175,7 +178,7 @@ class Gang:
                 start_new_session=True,
             )
 
-    def last(self, slot: int) -> dict[str, float]:
+    def last(self, slot: int) -> dict[str, Any]:
         trace = self.folder / f"trace-{slot}"
         lines = trace.read_text().splitlines() if trace.exists() else []
         return json.loads(lines[-1]) if lines else {"generation": 0, "step": 0, "pid": 0}

@@ -34,14 +34,25 @@ def test_progress_of_rank_zero_reaches_the_coordinator(gang: Gang) -> None:
     assert (progress.tokens, progress.resumed_step) == (progress.step * 100, 0)
 
 
+def test_worker_processes_have_a_folder_of_their_pod_and_know_how_often_it_fails(
+    gang: Gang,
+) -> None:
+    gang.steps(generation=1)
+    folders = {Path(gang.last(slot)["local"]) for slot in range(3)}
+    assert len([folder for folder in folders if folder.is_dir()]) == 3
+    assert gang.last(0)["failures"] == "0"
+
+
 def test_a_killed_worker_costs_a_generation_and_no_pod(gang: Gang) -> None:
     gang.steps(generation=1)
     before, pods = gang.former.generation, [a.pid for a in gang.agents.values()]
+    folder = gang.last(1)["local"]
     os.kill(int(gang.last(1)["pid"]), signal.SIGKILL)
     wait_for(lambda: gang.coordinator.snapshot(UID).errors, lambda: gang.log(1))
     errors = gang.coordinator.snapshot(UID).errors
     gang.steps(before + 1)
     assert [(e.pod, e.exit_code) for e in errors] == [("gang-1-2", -signal.SIGKILL)]
+    assert gang.last(1)["local"] == folder
     assert [a.pid for a in gang.agents.values()] == pods
 
 
@@ -108,5 +119,6 @@ def test_a_finished_gang_exits_with_zero_and_says_so(gang: Gang) -> None:
     codes = [agent.wait(PATIENCE_S) for agent in gang.agents.values()]
     seen = gang.coordinator.snapshot(UID)
     assert codes == [0, 0], gang.log(0)
+    assert not Path(gang.last(0)["local"]).exists()
     assert seen.done
     assert {m.state for m in seen.members if not m.pod.endswith("-0-1")} == {"done"}
