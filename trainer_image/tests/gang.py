@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,9 @@ class Gang:
             if agent.poll() is None:
                 self.kill_pod(slot)
         self.down()
+        for trace in self.folder.glob("trace-*"):  # killed agents leave these too
+            for line in trace.read_text().splitlines():
+                shutil.rmtree(json.loads(line)["local"], ignore_errors=True)
 
 
 def wait_for(holds: Callable[[], object], tell: Callable[[], str]) -> None:
