@@ -95,7 +95,8 @@ def tolerating(s: Situation, names: Iterable[str], *, count: int) -> DeepSeekTra
     usable = []
     for name in shunned.intersection(names):
         node, record = s.observed.nodes.get(name), records.get(name)
-        if node and node.ready and not (record and record.reason == NODE_LOST):
+        lost = record and record.reason == NODE_LOST and _is_avoided(s, record)
+        if node and node.ready and not lost:
             usable.append((_badness(node, record), name))
     mildest = [name for _, name in sorted(usable)[:count]]
     if not mildest:

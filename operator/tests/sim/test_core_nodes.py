@@ -218,6 +218,14 @@ def test_a_lost_node_is_not_tolerated():
     assert tolerated(unschedulable(training)) == []
 
 
+def test_a_node_that_was_lost_long_ago_and_is_about_to_go_is_used_when_there_is_no_other():
+    training = case().silent(1).written()
+    training.now_s += 61
+    faulty(training, fault="", leaving="karpenter.sh/disrupted")
+    training.status = training.plan().status
+    assert tolerated(unschedulable(training)) == ["n1"]
+
+
 def test_a_pod_that_is_too_large_for_every_node_frees_no_bad_one():
     training = faulty(case()).written()
     training = unschedulable(training, why="0/3 nodes are available: 3 Insufficient cpu")
