@@ -20,7 +20,7 @@ from e2e.clusters.shell import wait_until
 from e2e.conftest import MakeTraining
 from e2e.faults.cluster import training_process
 from e2e.report import Report
-from e2e.training import Seen, Training
+from e2e.training import Seen, Training, with_config_map
 
 SHORT: dict[str, Any] = {"training": {"total": {"tokens": 307_200}}}  # half of the example
 COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
@@ -253,7 +253,7 @@ def test_8c_a_script_that_raises_fails_with_its_own_words(make_training: MakeTra
         "broken", model=None, data=None, training=None,
         optimizer=None, precision=None, parallelism=None,
         entrypoint={"script": "/app/broken.py"},
-        workers={"template": _with_config_map("script", "/app")},
+        workers={"template": with_config_map("script", "/app")},
         recovery={"budgets": {"application": {"max": 1, "window": "1h"}}},
     )  # fmt: skip
     source = "broken.py=raise ValueError('the learning rate is a banana')"
@@ -263,17 +263,6 @@ def test_8c_a_script_that_raises_fails_with_its_own_words(make_training: MakeTra
     assert "ValueError: the learning rate is a banana" in seen.condition("Failed")["message"]
     assert seen.is_true("Finished")
     wait_until(lambda: _warned(training, "banana"), "an event", timeout_s=10)
-
-
-def _with_config_map(name: str, path: str) -> dict[str, Any]:
-    """A pod template patch that mounts a config map."""
-    mount = {"name": name, "mountPath": path}
-    return {
-        "spec": {
-            "volumes": [{"name": name, "configMap": {"name": name}}],
-            "containers": [{"name": "trainer", "volumeMounts": [mount]}],
-        }
-    }
 
 
 def _warned(training: Training, word: str) -> bool:

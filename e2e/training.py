@@ -196,3 +196,14 @@ def step_lines(log: str) -> Iterator[tuple[int, float]]:
     for line in log.splitlines():
         if match := STEP_LINE.search(line):
             yield int(match[1]), float(match[2])
+
+
+def with_config_map(name: str, path: str) -> dict[str, Any]:
+    """A pod template patch that mounts a config map."""
+    mount = {"name": name, "mountPath": path}
+    return {
+        "spec": {
+            "volumes": [{"name": name, "configMap": {"name": name}}],
+            "containers": [{"name": "trainer", "volumeMounts": [mount]}],
+        }
+    }
