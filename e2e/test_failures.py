@@ -8,6 +8,10 @@ from e2e.conftest import MakeTraining
 from e2e.training import Seen, Training, with_config_map
 
 PATIENCE_S = 180.0
+# A program that reports nothing is never said to stand still.
+STEPS = (
+    "import time; from deepseek_trainer.reporting import report; report(step=3); time.sleep(1)\n"
+)
 NO_MODEL: dict[str, Any] = dict.fromkeys(
     ("model", "data", "training", "optimizer", "precision", "parallelism")
 )
@@ -36,7 +40,7 @@ def failed(training: Training) -> Seen:
 
 
 def test_the_same_error_at_the_same_step_twice_is_the_last(make_training: MakeTraining) -> None:
-    source = "raise KeyError('tokens of shard 7')"
+    source = STEPS + "raise KeyError('tokens of shard 7')"
     seen = failed(script(make_training, "repeated", source))
     said = seen.condition("Failed")
     assert said["reason"] == "RepeatedError"
@@ -45,7 +49,7 @@ def test_the_same_error_at_the_same_step_twice_is_the_last(make_training: MakeTr
 
 
 def test_three_generations_without_a_step_are_the_last(make_training: MakeTraining) -> None:
-    source = "import time; raise type(f'E{time.time_ns()}', (Exception,), {})('another one')"
+    source = STEPS + "raise type(f'E{time.time_ns()}', (Exception,), {})('another one')"
     seen = failed(script(make_training, "stuck", source))
     assert seen.condition("Failed")["reason"] == "NoProgress"
     assert len(seen.status["history"]) == 3

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from deepseek_trainer.agent.errors import WorkerFailure, error_of, report_of
+from deepseek_trainer.agent.memory import oom_kills
 from dstrain_api.constants import EXIT_RESTART
 from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST
 
@@ -178,3 +180,26 @@ def test_after_a_step_was_finished_the_configuration_was_right() -> None:
 
 def test_an_error_says_after_which_step() -> None:
     assert report_of([failure()], step=12).step == 12
+
+
+def test_a_kill_for_memory_is_told_from_any_other() -> None:
+    killed = WorkerFailure(local_rank=0, exit_code=-9)
+    assert error_of(killed).failure_class == "application"
+    known = error_of(killed, memory_ran_out=True)
+    assert known.failure_class == "outOfMemory"
+    assert "workers.resources.limits.memory" in known.message
+
+
+def test_a_crash_beside_a_kill_for_memory_stays_a_crash() -> None:
+    crashed = WorkerFailure(local_rank=0, exit_code=-11)
+    assert error_of(crashed, memory_ran_out=True).failure_class == "application"
+
+
+@pytest.mark.parametrize(
+    "text", ["low 0\noom 3\noom_kill 2\n", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"]
+)
+def test_the_kernel_counts_kills_for_memory(tmp_path: Path, text: str) -> None:
+    counter = tmp_path / "counter"
+    counter.write_text(text)
+    assert oom_kills([tmp_path / "absent", counter]) == 2
+    assert oom_kills([tmp_path / "absent"]) == 0

@@ -20,6 +20,10 @@ from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorReport
 
 FailureClass = Literal["application", "outOfMemory", "configuration", "numeric"]
 
+OOM_TEXT = (
+    "killed by the kernel, for the pod's memory limit was reached; raise "
+    "workers.resources.limits.memory, or lower training.microBatch"
+)
 LAST_LINES = 5  # of stderr, where there is no traceback
 FRAMES = 3  # innermost ones in a fingerprint: the same bug through another caller is the same
 
@@ -67,7 +71,11 @@ class WorkerFailure:
 
 
 def report_of(
-    failures: Sequence[WorkerFailure], *, step: int = 0, began: bool = False
+    failures: Sequence[WorkerFailure],
+    *,
+    step: int = 0,
+    began: bool = False,
+    memory_ran_out: bool = False,
 ) -> ErrorReport:
     """One pod's failure: that of the process which failed first of its own accord.
 
@@ -75,15 +83,21 @@ def report_of(
         failures: at least one, in the order in which they were noticed.
         step: last finished step that is known of this pod's processes.
         began: whether they have finished a step since they were started.
+        memory_ran_out: whether the kernel killed a process of this pod for it meanwhile.
     """
-    return min((error_of(f, step=step, began=began) for f in failures), key=_blame)
+    errors = (error_of(f, step=step, began=began, memory_ran_out=memory_ran_out) for f in failures)
+    return min(errors, key=_blame)
 
 
-def error_of(failure: WorkerFailure, *, step: int = 0, began: bool = False) -> ErrorReport:
+def error_of(
+    failure: WorkerFailure, *, step: int = 0, began: bool = False, memory_ran_out: bool = False
+) -> ErrorReport:
     """A failed process as an error report: the end of its traceback, where there is one."""
     stderr = _RANK_PREFIX.sub("", failure.stderr)
+    killed = failure.exit_code == -signal.SIGKILL and memory_ran_out
     if failure.exit_code < 0:
-        text = "\n".join([_signal_text(-failure.exit_code), *_from_last(_CRASH, stderr)])
+        said = OOM_TEXT if killed else _signal_text(-failure.exit_code)
+        text = "\n".join([said, *_from_last(_CRASH, stderr)])
     else:
         lines = _from_last(_TRACEBACK, stderr) or _lines(stderr)[-LAST_LINES:]
         text = "\n".join(lines) or f"exited with code {failure.exit_code} without a word on stderr"
@@ -92,9 +106,15 @@ def error_of(failure: WorkerFailure, *, step: int = 0, began: bool = False) -> E
         exit_code=failure.exit_code,
         message=text[-ERROR_TEXT_LIMIT:],
         fingerprint=_fingerprint(failure.exit_code, text),
-        failure_class="application" if failure.exit_code < 0 else _class(text, began=began),
+        failure_class=_class_of(failure, text, began=began, killed=killed),
         step=step,
     )
+
+
+def _class_of(failure: WorkerFailure, text: str, *, began: bool, killed: bool) -> FailureClass:
+    if killed:
+        return "outOfMemory"
+    return "application" if failure.exit_code < 0 else _class(text, began=began)
 
 
 def _blame(error: ErrorReport) -> int:

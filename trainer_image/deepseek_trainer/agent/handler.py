@@ -62,6 +62,7 @@ from deepseek_trainer.agent.forks import ForkServer
 from deepseek_trainer.agent.hang import HangWatch
 from deepseek_trainer.agent.home import agent_home, local_folder
 from deepseek_trainer.agent.membership import Identity, Membership
+from deepseek_trainer.agent.memory import oom_kills
 from deepseek_trainer.agent.metrics import AgentMetrics, serve
 from deepseek_trainer.agent.nvml import add_gpus
 from deepseek_trainer.agent.reports import Forwarder, ReportSocket, WorkerReport
@@ -113,6 +114,7 @@ class Handler(RendezvousHandler):
         self._program_done = False
         self._failures: list[WorkerFailure] = []
         self._step = 0
+        self._oom_kills = 0
         self._hang: ErrorReport | None = None
         timeout_s = os.environ.get(ENV_HANG_TIMEOUT)
         self._progress = RankProgress(float(timeout_s) if timeout_s else None)
@@ -240,7 +242,12 @@ class Handler(RendezvousHandler):
             self._membership.report_error(hang)
             return
         began = self._progress.step() > 0
-        error = report_of(failures, step=self._step, began=began)
+        error = report_of(
+            failures,
+            step=self._step,
+            began=began,
+            memory_ran_out=oom_kills() > self._oom_kills,
+        )
         log.warning("local rank %s: %s", error.local_rank, error.message.splitlines()[-1])
         if error.fingerprint == PEER_LOST and self._membership.wait_over(PEER_PATIENCE_S):
             return  # the peer that failed has said why
@@ -256,6 +263,7 @@ class Handler(RendezvousHandler):
 
     def _enter(self, assignment: Assignment, seconds: float) -> None:
         self._progress.begin(self._membership.identity.processes, time.monotonic())
+        self._oom_kills = oom_kills()
         os.environ[ENV_GENERATION] = str(assignment.generation)
         os.environ[ENV_FAILURE_INTERVAL] = f"{assignment.failure_interval_s:g}"
         self._metrics.joined(assignment.generation, assignment.group_rank, seconds)
