@@ -10,7 +10,7 @@ CONSTRAINTS := $(wildcard constraints/*.txt)
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: help run test e2e cluster install cluster-down lint format bench generate clean
+.PHONY: help run test e2e soak cluster install cluster-down lint format bench generate clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ cluster-down: .venv/installed-dev  ## stop and remove it
 
 e2e: .venv/installed-dev  ## the suites on a real cluster with the real images and chart
 	$(BIN)/python -m pytest e2e --ignore=e2e/tests --timeout=1500
+
+soak: .venv/installed-dev  ## half an hour of random faults on a cluster of its own, beside the undisturbed run
+	$(BIN)/python -m e2e.soak
 
 lint: .venv/installed-dev  ## formatting, style, types and the rules of who may import whom
 	$(BIN)/ruff check .

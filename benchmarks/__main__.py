@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import layouts, planning, saving
+from benchmarks import layouts, planning, recovery, saving
 from e2e.report import this_machine
 
-BENCHMARKS = {"planning": planning.main, "layouts": layouts.main, "saving": saving.main}
+BENCHMARKS = {
+    "planning": planning.main,
+    "layouts": layouts.main,
+    "saving": saving.main,
+    "recovery": recovery.main,
+}
 
 
 def main(names: list[str]) -> int:
