@@ -32,13 +32,14 @@ class LocalStage:
         self._versions: list[Version] = []
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
+        self._stopped = asyncio.Event()
         names = [f"node-{number}" for number in range(nodes)]
         self._local = LocalRun(training, RunFolder(folder), Terminal(sys.stderr), nodes=names)
         self._local.cluster.observe(self._observed)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Train until the block ends or the training has finished, whichever comes last."""
+        """Train; wait at the end of the block until the training has finished or was stopped."""
         thread = threading.Thread(target=self._loop.run_until_complete, args=(self._train(),))
         thread.start()
         try:
@@ -48,8 +49,8 @@ class LocalStage:
             self._loop.close()
 
     def stop(self) -> None:
-        """Let the training end where it is."""
-        asyncio.run_coroutine_threadsafe(self._local.stop(), self._loop)
+        """End every process and with it the training, where it is."""
+        self._loop.call_soon_threadsafe(self._stopped.set)
 
     def versions(self) -> list[Version]:
         """Every write of the status."""
@@ -90,7 +91,11 @@ class LocalStage:
 
     async def _train(self) -> None:
         async with self._local.running():
-            await self._local.until_finished()
+            ends = (self._local.until_finished(), self._stopped.wait())
+            tasks = [asyncio.ensure_future(end) for end in ends]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
 
     def _call(self, coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
