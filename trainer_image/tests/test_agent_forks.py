@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepseek_trainer.agent.forks import ForkServer, RankProcess
+from deepseek_trainer.agent.forks import PR_SET_CHILD_SUBREAPER, ForkServer, RankProcess
 from dstrain_api.constants import ENV_CHECKPOINT_DIR, ENV_CONFIG
 
 from .examples import config
@@ -107,6 +108,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         made = Ranks(folder)
         assert made.forked(made.command("pass")) == (0, "", "")  # it is there
         yield made
+    # From here on orphans of other tests are init's to collect, not this process's.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("module", [True, False])
