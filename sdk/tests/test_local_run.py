@@ -237,6 +237,18 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def living(pids: list[int]) -> list[int]:
+    """Those that have not ended; the machine's init may be slow to collect orphans that have."""
+
+    def state(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return "gone"
+
+    return [pid for pid in pids if state(pid) not in ("Z", "X", "gone")]
+
+
 def test_ctrl_c_lets_workers_save_and_says_how_to_go_on(
     running: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -247,7 +259,7 @@ def test_ctrl_c_lets_workers_save_and_says_how_to_go_on(
     assert "Stopped" in out
     assert "Run the same command again to go on." in out
     assert "saved" in dstrain(tmp_path, "logs", "1").stdout
-    assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
+    assert not living(left)
 
 
 def test_nothing_is_left_of_a_run_that_was_killed(running: subprocess.Popen[str]) -> None:
@@ -255,7 +267,7 @@ def test_nothing_is_left_of_a_run_that_was_killed(running: subprocess.Popen[str]
     assert len(left) >= 6  # two pods: their podinit, torchrun and worker
     running.kill()
     deadline_s = time.monotonic() + PATIENCE_S
-    while [pid for pid in left if Path(f"/proc/{pid}").exists()]:
+    while living(left):
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
