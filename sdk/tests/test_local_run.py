@@ -213,11 +213,12 @@ def test_a_script_that_raises_fails_with_its_last_words(tmp_path: Path) -> None:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run in the foreground of nobody, after its first report."""
+    """A run in the foreground of nobody, after its first report and with both workers at work."""
     program = """
         import signal, sys, time
         from dstrain import report
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+        print("at work")
         for step in range(1, 100_000):
             report(step=step, total_steps=100_000, loss=1 / step, tokens=step)
             time.sleep(0.05)
@@ -230,8 +231,11 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     ) as process:
         assert process.stdout
+        at_work, reported = 0, False
         for line in process.stdout:
-            if "step" in line and "loss" in line:
+            at_work += "at work" in line
+            reported = reported or ("step" in line and "loss" in line)
+            if reported and at_work == 2:
                 break
         yield process
         process.kill()

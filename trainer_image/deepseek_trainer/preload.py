@@ -98,7 +98,7 @@ def _serve(connection: socket.socket) -> Program:
     while True:
         try:
             asked, descriptors = receive(connection)
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             os._exit(0)
         request: Request = asked
         program = program_of(request["command"])
