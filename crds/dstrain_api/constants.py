@@ -34,6 +34,9 @@ ENV_NODE: Final = "DSTRAIN_NODE"
 ENV_SLOT: Final = "DSTRAIN_SLOT"
 ENV_CONFIG: Final = "DSTRAIN_CONFIG"  # JSON of dstrain_api.config.TrainerConfig
 ENV_CHECKPOINT_DIR: Final = "DSTRAIN_CHECKPOINT_DIR"  # folder shared by all workers
+# Set instead of it where checkpoints are in a bucket; the agent then makes a folder for this pod's
+# workers, which goes with the pod.
+ENV_CHECKPOINT_URI: Final = "DSTRAIN_CHECKPOINT_URI"
 ENV_BEAT_INTERVAL: Final = "DSTRAIN_BEAT_INTERVAL_S"
 ENV_HANG_TIMEOUT: Final = "DSTRAIN_HANG_TIMEOUT_S"  # absent: learned from the steps
 ENV_METRICS_PORT: Final = "DSTRAIN_METRICS_PORT"  # 0: any free port (local runs)

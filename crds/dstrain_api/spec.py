@@ -13,10 +13,10 @@ from dstrain_api.patterns import (
     AUTO_DURATION_PATTERN,
     AUTO_PATTERN,
     DURATION_PATTERN,
-    FOLDER_PATTERN,
     HELP,
     QUANTITY_PATTERN,
     RESOURCE_PATTERN,
+    STORE_PATTERN,
     URI_PATTERN,
 )
 from dstrain_api.quantities import quantity
@@ -212,7 +212,7 @@ class ClaimSpec(ApiModel):
 class CheckpointSpec(ApiModel):
     """Where and how often the state is saved."""
 
-    uri: Annotated[str, Field(pattern=FOLDER_PATTERN, max_length=1024)] | None = Field(None, description="Folder shared by all workers: pvc://claim/path of an existing claim, or file:///path. Default: a claim <name>-checkpoints made from claim. Example: pvc://checkpoints/run-7.")
+    uri: Annotated[str, Field(pattern=STORE_PATTERN, max_length=1024)] | None = Field(None, description="Where all workers save: a folder they share, pvc://claim/path of an existing claim or file:///path, or s3://bucket/prefix with AWS_* variables from workers.template. Default: a claim <name>-checkpoints made from claim. Example: pvc://checkpoints/run-7.")
     claim: ClaimSpec = Field(default_factory=ClaimSpec, description="The claim made when uri is absent; it is deleted with the training. Default: {size: 10Gi}. Example: {size: 2Ti, storageClassName: nfs}.")
     every_steps: int = Field(1000, ge=1, le=10**9, description="Most steps between checkpoints: multiples of it are saved, or the first step after them at which the save before is written. Default: 1000. Example: 200.")
     every_seconds: AutoOrCount = Field("auto", description="Most seconds between checkpoints; auto weighs what a save costs against how often this training fails (Daly's optimum), and never spends more than 1 % of the time on saves. Default: auto. Example: 600.")

@@ -97,7 +97,7 @@ class CheckpointStatus(ApiModel):
     """The checkpoint the next generation resumes from."""
 
     step: int = Field(0, ge=0, description="Optimizer step of the checkpoint. Default: 0. Example: 100.")
-    uri: str = Field("", max_length=1024, description="Folder of the checkpoint. Default: empty. Example: pvc://checkpoints/mini/step-100.")
+    uri: str = Field("", max_length=1024, description="Folder of the checkpoint, or its name in a bucket. Default: empty. Example: pvc://checkpoints/mini/step-100.")
     time: str = Field("", max_length=64, description="When it was committed, RFC 3339. Default: empty. Example: 2026-11-21T12:00:00Z.")
     generation: int = Field(0, ge=0, description="Generation that committed it. Default: 0. Example: 2.")
 

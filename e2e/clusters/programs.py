@@ -1,4 +1,5 @@
-"""The programs of a Kubernetes cluster, built from their sources through the Go module proxy.
+"""The programs of a Kubernetes cluster, and an S3 server, built from their sources through the Go
+module proxy.
 
 Once per set of versions: about ten minutes on two cores with cold caches. A build that is cut
 short goes on where it was.
@@ -13,6 +14,7 @@ import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +98,11 @@ SOURCES = (
         },
     ),
 )
+S3_SERVER = Source(
+    module="github.com/versity/versitygw",
+    version="1.8.0",
+    packages={"versitygw": "github.com/versity/versitygw/cmd/versitygw"},
+)
 # Taken from Debian's package without installing it, which would start a service.
 DEBIAN = {"prometheus": ("prometheus", "promtool")}
 
@@ -108,23 +115,36 @@ def folder() -> Path:
 
 
 def ensure() -> Path:
-    """Build what is missing; the folder of all programs."""
-    complete = folder()
+    """Build what is missing; the folder of all programs of a cluster."""
+
+    def fill(target: Path) -> None:
+        for package, names in DEBIAN.items():
+            if not all((target / name).exists() for name in names):
+                _extract(package, names, target)
+        for source in SOURCES:
+            _build(source, target)
+
+    return _once(folder(), fill)
+
+
+def ensure_s3_server() -> Path:
+    """Build the S3 server unless it is there; the program. It needs no cluster."""
+    target = home() / "programs" / f"versitygw-{S3_SERVER.version}"
+    return _once(target, lambda partial: _build(S3_SERVER, partial)) / "versitygw"
+
+
+def _once(complete: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder that appears when it is whole, filled by one process at a time."""
     if complete.exists():
         return complete
     complete.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{complete}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if complete.exists():
-            return complete
-        partial = Path(f"{complete}.partial")
-        partial.mkdir(exist_ok=True)
-        for package, names in DEBIAN.items():
-            if not all((partial / name).exists() for name in names):
-                _extract(package, names, partial)
-        for source in SOURCES:
-            _build(source, partial)
-        partial.rename(complete)
+        if not complete.exists():
+            partial = Path(f"{complete}.partial")
+            partial.mkdir(exist_ok=True)
+            fill(partial)
+            partial.rename(complete)
     return complete
 
 

@@ -217,6 +217,20 @@ def test_the_claim_is_made_only_when_no_folder_is_named():
 
     assert kinds(spec()) == ["Secret", "Service", "PersistentVolumeClaim"]
     assert kinds(spec(checkpoint={"uri": "file:///runs"})) == ["Secret", "Service"]
+    assert kinds(spec(checkpoint={"uri": "s3://runs/seven"})) == ["Secret", "Service"]
+
+
+def test_a_bucket_is_not_mounted_and_workers_are_told_its_uri():
+    made = pod(checkpoint={"uri": "s3://runs/seven"})
+    given = environment(made)
+    assert given["DSTRAIN_CHECKPOINT_URI"] == "s3://runs/seven"
+    assert "DSTRAIN_CHECKPOINT_DIR" not in given
+    config = TrainerConfig.model_validate_json(given["DSTRAIN_CONFIG"])
+    assert config.checkpoint.uri == "s3://runs/seven"
+    claims = [
+        v["persistentVolumeClaim"] for v in made["spec"]["volumes"] if "persistentVolumeClaim" in v
+    ]
+    assert [claim["claimName"] for claim in claims] == ["corpora"]
 
 
 def test_a_coordinator_with_its_own_ca_is_trusted_by_its_workers():

@@ -32,7 +32,7 @@ from deepseek_trainer.schedule import learning_rate
 from deepseek_trainer.state.checkpoint import Checkpointer
 from deepseek_trainer.state.commit import Committer, ask_coordinator, generation
 from deepseek_trainer.state.committed import CommittedTier
-from deepseek_trainer.state.folder import CheckpointFolder
+from deepseek_trainer.state.open import open_store
 from deepseek_trainer.state.pace import Pace
 from deepseek_trainer.state.progress import Progress
 from deepseek_trainer.state.verify import Verifier
@@ -251,7 +251,8 @@ class Trainer:
     def checkpointer(self) -> Checkpointer:
         """The checkpoints in the folders that the environment names."""
         keep = self.config.checkpoint
-        folder = CheckpointFolder(Path(os.environ[ENV_CHECKPOINT_DIR]).absolute())
+        folder = Path(os.environ[ENV_CHECKPOINT_DIR]).absolute()
+        store = open_store(keep.uri, folder)
         local_dir = os.environ.get(ENV_LOCAL_DIR)
         pace = Pace(
             every_steps=keep.every_steps,
@@ -262,11 +263,11 @@ class Trainer:
 
         def prune() -> None:
             try:
-                folder.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+                store.prune(keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
             except OSError as error:  # the next commit tries again
                 _log.warning("old checkpoints could not be deleted: %s", error)
 
-        verifier = Verifier(folder, verified=prune, damaged=pace.hurry)
+        verifier = Verifier(store, verified=prune, damaged=pace.hurry)
 
         def committed(step: int, save_s: float) -> None:
             report_commit(step, save_s)
@@ -274,15 +275,15 @@ class Trainer:
             verifier.committed()
             prune()
 
-        uri = keep.uri or folder.root.as_uri()
+        uri = keep.uri or folder.as_uri()
         first = self.mesh.rank == 0
         tier = CommittedTier(
             config=self.config,
-            folder=folder,
+            store=store,
             generation=generation(),
             mesh=self.mesh,
             stream=self.stream,
-            committer=Committer(folder, ask=ask_coordinator, uri=uri, committed=committed)
+            committer=Committer(store, ask=ask_coordinator, uri=uri, committed=committed)
             if first
             else None,
             verifier=verifier if first else None,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from deepseek_operator.core.model import WorkerError
+from deepseek_trainer.agent.dumps import DumpFolder
 from deepseek_trainer.agent.reports import WorkerReport
-from deepseek_trainer.agent.stacks import Dump, prune, read, suspects
+from deepseek_trainer.agent.stacks import Dump, suspects
 from deepseek_trainer.agent.standstill import FLOOR_S, STEP_FLOOR_S, RankProgress
 from dstrain_api import constants as names
 from dstrain_api.protocol import HANG
@@ -163,9 +164,11 @@ def test_the_rank_that_does_not_wait_is_suspected(
 
 
 def test_the_stacks_of_the_newest_generations_are_kept(tmp_path: Path) -> None:
-    for generation in range(8, 13):
-        (tmp_path / str(generation)).mkdir()
-    (tmp_path / "7").mkdir()
-    prune(tmp_path)
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [8, 9, 10, 11, 12]
-    assert read(tmp_path / "8") == []
+    dumps = DumpFolder(tmp_path)
+    for generation in range(7, 13):
+        dumps.put(generation, "a-0.txt", f"of {generation}")
+    dumps.prune()
+    kept = sorted(int(path.name) for path in Path(dumps.place(7)).parent.iterdir())
+    assert kept == [8, 9, 10, 11, 12]
+    assert dumps.texts(8) == ["of 8"]
+    assert dumps.texts(7) == []

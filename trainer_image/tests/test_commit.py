@@ -25,11 +25,11 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path)
 
 
-def draft(folder: CheckpointFolder, step: int, generation: int = 1) -> Path:
-    path = folder.draft(step, generation)
-    path.mkdir()
-    (path / "shard").write_text(f"{step} of {generation}")
-    return path
+def draft(folder: CheckpointFolder, step: int, generation: int = 1) -> str:
+    name = folder.draft(step, generation)
+    folder.folder(name).mkdir()
+    (folder.folder(name) / "shard").write_text(f"{step} of {generation}")
+    return name
 
 
 class Coordinator:
@@ -73,7 +73,7 @@ def test_an_accepted_draft_gets_its_name_and_latest_points_to_it(
     commits.submit(40, draft(folder, 40), began_s=0.0)
     assert commits.wait().accepted
     assert coordinator.asked.get() == (40, "pvc://claim/run/step-40")
-    assert folder.committed() == [(40, folder.root / "step-40")]
+    assert folder.committed() == [40]
     assert (folder.root / "LATEST").read_text() == "step-40\n"
     assert steps == [40]
 
@@ -119,7 +119,7 @@ def test_a_commit_that_cannot_be_written_is_told_to_who_waits_and_the_next_one_m
 ) -> None:
     commits, steps = committer(folder, coordinator)
     coordinator.answers.put(YES)
-    commits.submit(40, folder.root / "never-written", began_s=0.0)
+    commits.submit(40, "never-written", began_s=0.0)
     with pytest.raises(FileNotFoundError):
         commits.wait()
     coordinator.answers.put(YES)
@@ -133,9 +133,9 @@ def test_a_checkpoint_counts_when_it_has_its_name_whatever_latest_says(
 ) -> None:
     """As after a kill between the two renames of a commit."""
     folder.commit(draft(folder, 40), 40)
-    draft(folder, 50).rename(folder.root / "step-50")
+    folder.folder(draft(folder, 50)).rename(folder.path(50))
     assert (folder.root / "LATEST").read_text() == "step-40\n"
-    assert [step for step, _ in folder.committed()] == [50, 40]
+    assert folder.committed() == [50, 40]
 
 
 def test_a_step_that_an_earlier_generation_committed_late_gives_way(
@@ -151,14 +151,14 @@ def test_the_newest_are_kept_and_the_multiples(folder: CheckpointFolder) -> None
     for step in range(10, 110, 10):
         folder.commit(draft(folder, step), step)
         folder.prune(keep_last=2, keep_every_steps=30)
-    assert [step for step, _ in folder.committed()] == [100, 90, 60, 30]
+    assert folder.committed() == [100, 90, 60, 30]
 
 
 def test_only_drafts_of_earlier_generations_are_cleared(folder: CheckpointFolder) -> None:
     folder.commit(draft(folder, 10), 10)
     for generation in (1, 2, 3):
         draft(folder, 20, generation)
-    folder.clear(generation=2)
+    folder.claim(generation=2)
     assert sorted(path.name for path in folder.root.iterdir()) == [
         "LATEST",
         "step-10",

@@ -38,7 +38,7 @@ def test_the_mini_model_learns_its_corpus_in_one_process_and_keeps_the_last_chec
     )
     log = run(tmp_path, settings.model_dump_json())
     assert losses(log)[-1] < losses(log)[0] - 1.5
-    newest, before, *others = [step for step, _ in CheckpointFolder(tmp_path).committed()]
+    newest, before, *others = CheckpointFolder(tmp_path).committed()
     assert newest == 80
     assert before >= 60
     assert len(others) <= 2  # two verified ones stay until newer ones are
@@ -48,7 +48,7 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     log = run(tmp_path, config(steps=2, tensor=2).model_dump_json(), *torchrun)
     assert "tensor 2" in log
-    assert [step for step, _ in CheckpointFolder(tmp_path).committed()] == [2]
+    assert CheckpointFolder(tmp_path).committed() == [2]
 
 
 def test_a_finished_training_that_is_started_again_ends_at_once(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from deepseek_trainer import loop
 from deepseek_trainer.loop import StopFlag, Trainer
 from deepseek_trainer.optim.totals import Flags
 from deepseek_trainer.parallel.mesh import join_world
-from deepseek_trainer.state.folder import NoUsableCheckpoint
+from deepseek_trainer.state.store import NoUsableCheckpoint
 from dstrain_api.config import TrainerConfig
 from dstrain_api.constants import ENV_CHECKPOINT_DIR, ENV_REPORT_SOCKET, EXIT_RESTART
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import pytest
 from deepseek_trainer.state import manifest
-from deepseek_trainer.state.folder import CheckpointFolder, kept_steps
+from deepseek_trainer.state.folder import CheckpointFolder
 from deepseek_trainer.state.manifest import CheckpointManifest
+from deepseek_trainer.state.store import kept_steps
 from deepseek_trainer.state.verify import Verifier
 
 from .ranks import launch
@@ -21,12 +22,13 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 
 def commit(folder: CheckpointFolder, step: int) -> Path:
-    draft = folder.draft(step, 1)
+    name = folder.draft(step, 1)
+    draft = folder.folder(name)
     draft.mkdir()
     files = {}
-    for name in ("__0_0.distcp", ".metadata"):
-        (draft / name).write_bytes(bytes(1000))
-        files[name] = manifest.describe(draft / name)
+    for file in ("__0_0.distcp", ".metadata"):
+        (draft / file).write_bytes(bytes(1000))
+        files[file] = manifest.describe(draft / file)
     facts = CheckpointManifest(
         step=step,
         tokens=0,
@@ -42,8 +44,9 @@ def commit(folder: CheckpointFolder, step: int) -> Path:
         versions={},
         files=files,
     )
-    manifest.write(draft, facts)
-    return folder.commit(draft, step)
+    folder.seal(name, facts)
+    folder.commit(name, step)
+    return folder.path(step)
 
 
 class Heard:
@@ -92,7 +95,7 @@ def test_one_that_went_bad_is_put_aside_and_latest_names_the_one_before(
 def test_storage_that_is_away_says_nothing_about_a_checkpoint(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def away(_path: Path) -> list[str]:
+    def away(*_: object) -> list[str]:
         raise OSError("the server does not answer")
 
     heard = Heard()

@@ -49,7 +49,7 @@ def gang(
 def supporting(
     training: Training, spec: DeepSeekTrainingSpec, settings: Settings, token: str
 ) -> tuple[Manifest, ...]:
-    """The token, the service, and the checkpoint claim unless the user names a folder."""
+    """The token, the service, and the checkpoint claim unless the user names a place."""
     made = [_secret(training, token, settings.coordinator_ca), _service(training)]
     if spec.checkpoint.uri is None:
         made.append(_claim(training, spec))

@@ -1,14 +1,17 @@
-"""Where data and checkpoints lie: claims are mounted, and `pvc://` becomes a path."""
+"""Where data and checkpoints lie: claims are mounted, `pvc://` becomes a path, and a bucket needs
+neither.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dstrain_api.constants import VOLUME_ROOT
+from dstrain_api.constants import ENV_CHECKPOINT_DIR, ENV_CHECKPOINT_URI, VOLUME_ROOT
 from dstrain_api.spec import CheckpointSpec, DataSpec, DeepSeekTrainingSpec
 
 _PVC = "pvc://"
 _FILE = "file://"
+_S3 = "s3://"
 
 
 def checkpoint_claim(training: str) -> str:
@@ -17,7 +20,7 @@ def checkpoint_claim(training: str) -> str:
 
 
 def checkpoint_uri(training: str, checkpoint: CheckpointSpec) -> str:
-    """The folder of checkpoints, as a URI."""
+    """Where the checkpoints are, as a URI."""
     return checkpoint.uri or f"{_PVC}{checkpoint_claim(training)}/"
 
 
@@ -34,9 +37,13 @@ def public_uri(uri: str) -> str:
     return f"{_PVC}{uri.removeprefix(inside)}" if uri.startswith(inside) else uri
 
 
-def folder(uri: str) -> str:
-    """The path of a `file:///` or `pvc://` URI in the worker."""
-    return local_uri(uri).removeprefix(_FILE)
+def checkpoint_place(uri: str) -> dict[str, str]:
+    """The variable that tells a worker where checkpoints are: a folder that all workers share, or
+    the URI of a bucket.
+    """
+    if uri.startswith(_S3):
+        return {ENV_CHECKPOINT_URI: uri}
+    return {ENV_CHECKPOINT_DIR: local_uri(uri).removeprefix(_FILE)}
 
 
 def local_data(data: DataSpec) -> DataSpec:

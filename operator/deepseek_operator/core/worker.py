@@ -99,9 +99,7 @@ def environment(
         names.ENV_SLOT: str(slot),
         names.ENV_BEAT_INTERVAL: f"{_beat_interval_s(spec, settings):g}",
         names.ENV_METRICS_PORT: str(names.METRICS_PORT),
-        names.ENV_CHECKPOINT_DIR: volumes.folder(
-            volumes.checkpoint_uri(training.name, spec.checkpoint)
-        ),
+        **volumes.checkpoint_place(volumes.checkpoint_uri(training.name, spec.checkpoint)),
         # The agent computes ranks from its place in the gang and needs no store for it.
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",
         "OMP_NUM_THREADS": str(_threads(spec)),

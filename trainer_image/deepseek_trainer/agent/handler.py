@@ -31,6 +31,7 @@ from types import FrameType
 from dstrain_api.constants import (
     ENV_BEAT_INTERVAL,
     ENV_CHECKPOINT_DIR,
+    ENV_CHECKPOINT_URI,
     ENV_FAILURE_INTERVAL,
     ENV_GENERATION,
     ENV_HANG_TIMEOUT,
@@ -57,6 +58,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import determine_local_world_size, parse_args
 
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
+from deepseek_trainer.agent.dumps import DumpBucket, DumpFolder, Dumps
 from deepseek_trainer.agent.errors import WorkerFailure, report_of
 from deepseek_trainer.agent.forks import ForkServer
 from deepseek_trainer.agent.hang import HangWatch
@@ -138,6 +140,8 @@ class Handler(RendezvousHandler):
         os.environ[ENV_REPORT_SOCKET] = str(reports.path)
         if local := local_folder():
             os.environ[ENV_LOCAL_DIR] = str(local)
+        if os.environ.get(ENV_CHECKPOINT_URI):
+            os.environ[ENV_CHECKPOINT_DIR] = str(agent_home() / "checkpoints")
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
         self._handle_sigterm()
         watch_workers(self)
@@ -147,7 +151,7 @@ class Handler(RendezvousHandler):
             expected=self._expects_progress,
             processes=processes,
             own_folder=agent_home(),
-            shared_folder=Path(os.environ.get(ENV_CHECKPOINT_DIR) or agent_home()) / "stacks",
+            kept=_shared_dumps(),
             found=self._found_hang,
         ).start()
         atexit.register(self._leave)
@@ -309,6 +313,12 @@ class Handler(RendezvousHandler):
             log.warning("no metrics of this pod: port %s: %s", port, error)
             return
         log.info("metrics on port %s", port)
+
+
+def _shared_dumps() -> Dumps:
+    if uri := os.environ.get(ENV_CHECKPOINT_URI):
+        return DumpBucket(uri)
+    return DumpFolder(Path(os.environ.get(ENV_CHECKPOINT_DIR) or agent_home()))
 
 
 def _processes() -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from dstrain_api.protocol import ERROR_TEXT_LIMIT, HANG, ErrorReport
 
 from deepseek_trainer.agent import stacks
+from deepseek_trainer.agent.dumps import Dumps
 from deepseek_trainer.agent.membership import Membership
 from deepseek_trainer.agent.stacks import Dump
 from deepseek_trainer.agent.standstill import RankProgress, Standstill
@@ -43,7 +44,7 @@ class HangWatch:
         expected: whether progress is expected now; not while the pod stops.
         processes: the running ones, by local rank.
         own_folder: where each writes its stacks, `stacks-<local rank>`.
-        shared_folder: seen by all pods.
+        kept: where all pods put their stacks.
         found: called with the report before the processes are ended.
     """
 
@@ -52,7 +53,7 @@ class HangWatch:
     expected: Callable[[], bool]
     processes: Mapping[int, Process]
     own_folder: Path
-    shared_folder: Path
+    kept: Dumps
     found: Callable[[ErrorReport], None]
 
     def start(self) -> None:
@@ -76,21 +77,20 @@ class HangWatch:
             stacks.take(first + local, process.pid, self.own_folder / f"stacks-{local}")
             for local, process in sorted(processes.items())
         ]
-        folder = self.shared_folder / str(place.generation)
         world = place.group_world_size * self.membership.identity.processes
-        dumps = self._with_peers(own, folder, standing, world)
+        dumps = self._with_peers(own, place.generation, standing, world)
         cause = [dump for dump in stacks.suspects(dumps, world=world) if dump in own]
         if not cause and self.membership.wait_over(PATIENCE_S):
             return
         if self.membership.place.generation == place.generation:
-            self.found(self._report(standing, cause or own, folder, known=bool(cause)))
+            self.found(self._report(standing, cause or own, place.generation, known=bool(cause)))
             for process in processes.values():
                 if process.poll() is None:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
 
     def _with_peers(
-        self, own: list[Dump], folder: Path, standing: list[Standstill], world: int
+        self, own: list[Dump], generation: int, standing: list[Standstill], world: int
     ) -> list[Dump]:
         """All ranks' dumps, as far as they are there in time."""
         said = standing[0]
@@ -102,17 +102,21 @@ class HangWatch:
         deadline_s = time.monotonic() + PEERS_S
         try:
             for dump in own:
-                stacks.write(folder, f"{identity.pod}-{dump.rank}", dump, head)
-            stacks.prune(folder.parent)
-            while len(dumps := stacks.read(folder)) < world and time.monotonic() < deadline_s:
+                name = f"{identity.pod}-{dump.rank}.txt"
+                self.kept.put(generation, name, stacks.written(dump, head))
+            self.kept.prune()
+            while (
+                len(dumps := stacks.read(self.kept.texts(generation))) < world
+                and time.monotonic() < deadline_s
+            ):
                 time.sleep(stacks.POLL_S)
         except OSError as error:
-            log.warning("the stacks of this pod cannot be kept in %s: %s", folder, error)
+            log.warning("the stacks of this pod cannot be kept: %s", error)
             return own
         return dumps
 
     def _report(
-        self, standing: list[Standstill], cause: list[Dump], folder: Path, *, known: bool
+        self, standing: list[Standstill], cause: list[Dump], generation: int, *, known: bool
     ) -> ErrorReport:
         said, dump, identity = standing[0], cause[0], self.membership.identity
         where = f"rank {dump.rank} (pod {identity.pod}, node {identity.node})"
@@ -132,5 +136,5 @@ class HangWatch:
             ],
             fingerprint=HANG,
             step=said.step,
-            stacks=str(folder),
+            stacks=self.kept.place(generation),
         )

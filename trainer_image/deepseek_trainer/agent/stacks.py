@@ -2,25 +2,22 @@
 
 Each rank writes the stacks of its threads to a file of its pod when it gets
 `preload.STACKS_SIGNAL`; Python's own handler does that without the interpreter's lock. The agents
-put them together under the checkpoint folder, in `stacks/<generation>/<pod>-<rank>.txt`, and each
-judges by all of them.
+put them together (`agent.dumps`), and each judges by all of them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trainer.preload import STACKS_SIGNAL
 
-KEPT_GENERATIONS = 5
 WRITTEN_S = 2.0  # a process that has not written its stacks by then cannot
 POLL_S = 0.05
 STOPPED = "T"
@@ -86,31 +83,19 @@ def take(rank: int, pid: int, file: Path) -> Dump:
     return Dump(rank=rank, state=state, stacks=text)
 
 
-def write(folder: Path, name: str, dump: Dump, head: str) -> None:
-    """Put a dump where all agents find it. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{name}.tmp"
-    draft.write_text(f"rank {dump.rank} {head}, state {dump.state}\n\n{dump.stacks}")
-    draft.rename(folder / f"{name}.txt")
+def written(dump: Dump, head: str) -> str:
+    """A dump as it is kept."""
+    return f"rank {dump.rank} {head}, state {dump.state}\n\n{dump.stacks}"
 
 
-def read(folder: Path) -> list[Dump]:
-    """What all agents have put there so far."""
+def read(texts: Iterable[str]) -> list[Dump]:
+    """Dumps as they are kept, in the order of ranks."""
     found = []
-    for path in folder.glob("*.txt"):
-        head, _, stacks = path.read_text(errors="replace").partition("\n\n")
+    for text in texts:
+        head, _, stacks = text.partition("\n\n")
         if match := _HEAD.match(head):
             found.append(Dump(rank=int(match[1]), state=match[2], stacks=stacks))
     return sorted(found, key=lambda dump: dump.rank)
-
-
-def prune(folder: Path) -> None:
-    """Keep the newest generations' stacks."""
-    generations = sorted(
-        (p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
-    )
-    for old in generations[:-KEPT_GENERATIONS]:
-        shutil.rmtree(old, ignore_errors=True)  # another agent does the same
 
 
 def _state(pid: int) -> str:

@@ -2,7 +2,7 @@
 same step.
 
 The training thread only copies tensors to host memory. A background thread completes the local copy
-and, for a save, writes the same memory to the shared folder. One of either is under way at a time.
+and, for a save, writes the same memory to the shared store. One of either is under way at a time.
 """
 
 import hashlib
@@ -20,14 +20,13 @@ from deepseek_trainer.model.deepseek import DeepSeek
 from deepseek_trainer.optim.adamw import ShardedAdamW
 from deepseek_trainer.optim.scale import LossScale
 from deepseek_trainer.optim.totals import Flags
-from deepseek_trainer.state import manifest as manifests
 from deepseek_trainer.state.background import Background
 from deepseek_trainer.state.committed import CommittedTier, Tensors
-from deepseek_trainer.state.folder import NoUsableCheckpoint
 from deepseek_trainer.state.host import HostCopy, host_memory
 from deepseek_trainer.state.local import CopyId, open_copies
 from deepseek_trainer.state.pace import Pace
 from deepseek_trainer.state.progress import Progress
+from deepseek_trainer.state.store import NoUsableCheckpoint, Store
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Offer:
     """What one rank could resume from."""
 
     copies: list[CopyId] | None  # none: it has no room for copies
-    committed: list[str] | None = None  # rank 0 only, as the next one
+    committed: list[int] | None = None  # rank 0 only, as the next one
     newest: tuple[int, int] = (0, 0)  # step and generation
 
 
@@ -55,7 +54,7 @@ class Checkpointer:
     """Saves and restores one training.
 
     Args:
-        tier: the shared folder.
+        tier: the shared store.
         model: after `parallel.shard.spread`.
         optimizer: of the model.
         local_dir: folder in the pod's memory; none: no local copies.
@@ -145,7 +144,7 @@ class Checkpointer:
         self._copying = all(offer.copies is not None for offer in offers)
         progress = self._from_copy(common_copies(offers))
         if progress is None:
-            progress = self._from_folder(offers[0].committed)
+            progress = self._from_store(offers[0].committed)
         return progress
 
     def roll_back(self) -> Progress | None:
@@ -160,19 +159,18 @@ class Checkpointer:
             self._tier.committer.drain()
         if self._local:
             self._local.keep_only(None)
-        names = [self._tier.history() if self._mesh.rank == 0 else None]
-        dist.broadcast_object_list(names)
+        steps = [self._tier.history() if self._mesh.rank == 0 else None]
+        dist.broadcast_object_list(steps)
         self._pace.hurry()  # what is left out from now on must not be forgotten
-        return self._from_folder(names[0]) if names[0] is not None else None
+        return self._from_store(steps[0]) if steps[0] is not None else None
 
     def _offers(self) -> list[Offer]:
         own = Offer([copy.id for copy in self._local.held()] if self._local else None)
         if self._mesh.rank == 0:
-            folder = self._tier.folder
-            folder.root.mkdir(parents=True, exist_ok=True)
-            folder.clear(self._tier.generation)
+            self._tier.store.claim(self._tier.generation)
             committed = self._tier.history()
-            own = replace(own, committed=committed, newest=_newest(folder.root, committed or []))
+            newest = _newest(self._tier.store, committed or [])
+            own = replace(own, committed=committed, newest=newest)
         offers = [own] * self._mesh.world
         dist.all_gather_object(offers, own)
         return offers
@@ -197,25 +195,24 @@ class Checkpointer:
         self._local.keep_only(None)
         return None
 
-    def _from_folder(self, names: list[str] | None) -> Progress:
-        if names is None:
+    def _from_store(self, steps: list[int] | None) -> Progress:
+        if steps is None:
             return Progress(loss_scale=LossScale.start(self._tier.config.precision.compute))
-        root = self._tier.folder.root
-        for name in names:
-            path = root / name
-            if problems := self._tier.problems(path):
-                _log.error("checkpoint %s is damaged: %s", path, "; ".join(problems))
+        store = self._tier.store
+        for step in steps:
+            if problems := self._tier.problems(step):
+                _log.error("checkpoint %d in %s is damaged: %s", step, store.where, problems)
                 if self._mesh.rank == 0:
-                    self._tier.folder.quarantine(path)
+                    store.quarantine(step)
                 continue
             if self._mesh.rank == 0:
-                self._tier.folder.mark_verified(path)
-            progress, self._optimizer.updates = self._tier.load(path, self._tensors)
+                store.mark_verified(step)
+            progress, self._optimizer.updates = self._tier.load(step, self._tensors)
             self._saved_step = progress.step
             return progress
         raise NoUsableCheckpoint(
-            f"{root} had checkpoints, but none is whole. Restore one from a backup, or empty the "
-            "folder to start again at step 0"
+            f"{store.where} had checkpoints, but none is whole. Restore one from a backup, or "
+            "empty it to start again at step 0"
         )
 
     def _take(self, progress: Progress, *, save: bool) -> None:
@@ -297,14 +294,13 @@ def common_copies(offers: Sequence[Offer]) -> list[CopyId]:
     )
 
 
-def _newest(root: Path, names: list[str]) -> tuple[int, int]:
+def _newest(store: Store, steps: list[int]) -> tuple[int, int]:
     """Step and generation of the newest checkpoint whose manifest can be read."""
-    for name in names:
+    for step in steps:
         try:
-            saved = manifests.read(root / name)
+            return step, store.manifest(step).generation
         except ValueError:  # damaged: found and put aside when it is to be loaded
             continue
-        return saved.step, saved.generation
     return 0, 0
 
 

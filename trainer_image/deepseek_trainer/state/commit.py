@@ -4,19 +4,17 @@ holding up training.
 
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from dstrain_api.constants import ENV_COORDINATOR, ENV_GENERATION, ENV_POD_UID
 from dstrain_api.protocol import Commit, Verdict
 
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced, Unreachable
-from deepseek_trainer.state.folder import CheckpointFolder
+from deepseek_trainer.state.store import CommitRefused, Store
 
 _log = logging.getLogger(__name__)
 _PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -48,7 +46,7 @@ def ask_coordinator(step: int, uri: str) -> Verdict:
 @dataclass(frozen=True)
 class _Draft:
     step: int
-    path: Path
+    name: str
     began_s: float
 
 
@@ -57,22 +55,22 @@ class Committer:
     waits.
 
     Args:
-        folder: of the training.
+        store: of the training.
         ask: question to the coordinator; Unreachable means: ask again.
-        uri: of the folder, for the coordinator's status.
+        uri: of the store, for the coordinator's status.
         committed: called after each commit, in the background thread, with the step and the seconds
             since its save began.
     """
 
     def __init__(
         self,
-        folder: CheckpointFolder,
+        store: Store,
         *,
         ask: Callable[[int, str], Verdict],
         uri: str,
         committed: Callable[[int, float], None],
     ) -> None:
-        self._folder = folder
+        self._store = store
         self._ask = ask
         self._uri = uri.rstrip("/")
         self._committed = committed
@@ -83,20 +81,20 @@ class Committer:
         self._failure: Exception | None = None
         threading.Thread(target=self._run, name="committer", daemon=True).start()
 
-    def submit(self, step: int, draft: Path, *, began_s: float) -> None:
+    def submit(self, step: int, draft: str, *, began_s: float) -> None:
         """Commit a complete draft as soon as the coordinator agrees.
 
         Args:
             step: of the draft.
-            draft: its folder.
+            draft: its name.
             began_s: when its save began, in monotonic time.
         """
         with self._changed:
-            if self._waiting:
-                shutil.rmtree(self._waiting.path)
+            replaced, self._waiting = self._waiting, _Draft(step, draft, began_s)
             self._failure = None
-            self._waiting = _Draft(step, draft, began_s)
             self._changed.notify_all()
+        if replaced:
+            self._discard(replaced)
 
     def drain(self) -> None:
         """Wait until nothing is left to commit."""
@@ -131,17 +129,31 @@ class Committer:
 
     def _settle(self, draft: _Draft) -> None:
         verdict = self._answer(draft)
+        if verdict and verdict.accepted:
+            verdict = self._commit(draft)
         if verdict is None:
             _log.warning("checkpoint of step %d is replaced before it was committed", draft.step)
-        elif verdict.accepted:
-            self._folder.commit(draft.path, draft.step)
-            self._committed(draft.step, time.monotonic() - draft.began_s)
-        else:
+        elif not verdict.accepted:
             _log.error("commit of step %d was refused: %s", draft.step, verdict.reason)
         if verdict is None or not verdict.accepted:
-            shutil.rmtree(draft.path)
+            self._discard(draft)
         if verdict is not None:
             self._verdict = verdict
+
+    def _discard(self, draft: _Draft) -> None:
+        try:
+            self._store.discard(draft.name)
+        except OSError as error:  # the next generation clears it
+            _log.warning("what is left of step %d cannot be deleted: %s", draft.step, error)
+
+    def _commit(self, draft: _Draft) -> Verdict:
+        """The storage's own answer."""
+        try:
+            self._store.commit(draft.name, draft.step)
+        except CommitRefused as error:
+            return Verdict(accepted=False, reason=str(error))
+        self._committed(draft.step, time.monotonic() - draft.began_s)
+        return Verdict(accepted=True)
 
     def _answer(self, draft: _Draft) -> Verdict | None:
         """The coordinator's answer; none when a newer draft came while it was away."""

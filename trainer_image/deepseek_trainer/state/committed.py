@@ -1,24 +1,23 @@
-"""The committed tier: checkpoints in the folder that all workers share.
+"""The committed tier: checkpoints in a store that all workers share.
 
-Write: draft folder -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit.
+Write: draft -> shards and .metadata (distributed checkpoint) -> manifest.json -> commit.
 Read: only what has the size and sha256 of its manifest, file by file; each rank checks a part.
 """
 
 import hashlib
 import logging
 import platform
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
 from dstrain_api.config import TrainerConfig
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -27,9 +26,9 @@ from deepseek_trainer.optim.scale import LossScale
 from deepseek_trainer.parallel.mesh import Mesh
 from deepseek_trainer.state import manifest as manifests
 from deepseek_trainer.state.commit import Committer
-from deepseek_trainer.state.folder import LEAST, CheckpointFolder
 from deepseek_trainer.state.manifest import CheckpointManifest
 from deepseek_trainer.state.progress import Progress
+from deepseek_trainer.state.store import LEAST, Store
 from deepseek_trainer.state.verify import Verifier
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class CommittedTier:
     """Writes and reads checkpoints. `committer` and `verifier` live on rank 0 only."""
 
     config: TrainerConfig
-    folder: CheckpointFolder
+    store: Store
     generation: int
     mesh: Mesh
     stream: Stream
@@ -63,26 +62,46 @@ class CommittedTier:
         storage does not take it, `error` says why.
         """
         self.error = None
-        draft = self.folder.draft(progress.step, self.generation)
+        draft = ""
         try:
+            draft = self._begin(progress.step)
             self._write(draft, tensors, progress, updates)
         except OSError as error:
-            self.error = f"step {progress.step} cannot be saved in {self.folder.root}: {error}"
-            if self.committer:
-                _log.error("%s; training goes on with the checkpoint before", self.error)
-                shutil.rmtree(draft, ignore_errors=True)  # else the next generation clears it
+            self.error = f"step {progress.step} cannot be saved in {self.store.where}: {error}"
+            self._give_up(draft)
         else:
             if self.committer:
                 self.committer.submit(progress.step, draft, began_s=began_s)
 
-    def _write(self, draft: Path, tensors: Tensors, progress: Progress, updates: int) -> None:
+    def _begin(self, step: int) -> str:
+        """Name of the draft, as all ranks know it."""
+
+        def begin() -> str:
+            if self.mesh.rank:
+                return ""
+            self._make_room()
+            return self.store.draft(step, self.generation)
+
+        return self._together(begin)[0]
+
+    def _give_up(self, draft: str) -> None:
+        """Remove what was written; what cannot be, the next generation clears."""
+        if self.committer:
+            _log.error("%s; training goes on with the checkpoint before", self.error)
+        if draft:
+            with suppress(OSError):
+                self.store.forget(draft)
+                if self.committer:
+                    self.store.discard(draft)
+
+    def _write(self, draft: str, tensors: Tensors, progress: Progress, updates: int) -> None:
         """Write a complete draft. Raises OSError on every rank if it fails on one."""
         first = self.mesh.rank == 0
-        self._together(lambda: self._make_room() if first else None)
+        folder = self.store.folder(draft)
         try:
             save(
                 tensors,
-                storage_writer=FileSystemWriter(draft, overwrite=False),
+                storage_writer=FileSystemWriter(folder, overwrite=False),
                 process_group=self._group,
             )
         except CheckpointException as error:  # raised by every rank if it is by one
@@ -90,11 +109,17 @@ class CommittedTier:
             reasons = {str(wrapped[0]) for wrapped in error.failures.values()}
             raise OSError(f"it may be full or away: {'; '.join(sorted(reasons))}") from error
         own = [".metadata"] if first else []
-        own += [path.name for path in draft.glob(f"__{self.mesh.rank}_*.distcp")]
-        parts = self._together(lambda: {name: manifests.describe(draft / name) for name in own})
+        own += [path.name for path in folder.glob(f"__{self.mesh.rank}_*.distcp")]
+
+        def deliver() -> dict[str, dict[str, Any]]:
+            described = {name: manifests.describe(folder / name) for name in own}
+            self.store.upload(draft, own)
+            return described
+
+        parts = self._together(deliver)
         files = {name: facts for part in parts for name, facts in part.items()}
         manifest = self._manifest(progress, updates, files)
-        self._together(lambda: manifests.write(draft, manifest) if first else None)
+        self._together(lambda: self.store.seal(draft, manifest) if first else None)
 
     def _together(self, act: Callable[[], Answer]) -> list[Answer]:
         """What an action gives on each rank. Raises OSError on every rank if it does on one."""
@@ -110,56 +135,49 @@ class CommittedTier:
         return [answer for answer, _ in answers]
 
     def _make_room(self) -> None:
-        needed_bytes = self._newest_size() * ROOM
-        if shutil.disk_usage(self.folder.root).free >= needed_bytes:
+        needed_bytes = self.store.newest_size() * ROOM
+        if self.store.free() >= needed_bytes:
             return
-        self.folder.prune(keep_last=LEAST, keep_every_steps=self.config.checkpoint.keep_every_steps)
-        free_bytes = shutil.disk_usage(self.folder.root).free
+        self.store.prune(keep_last=LEAST, keep_every_steps=self.config.checkpoint.keep_every_steps)
+        free_bytes = self.store.free()
         if free_bytes < needed_bytes:
             raise OSError(
                 f"a checkpoint needs {needed_bytes / 2**20:.1f} MiB, and only "
                 f"{free_bytes / 2**20:.1f} MiB are free; make room there"
             )
 
-    def _newest_size(self) -> int:
-        """Bytes of the newest checkpoint; 0 where there is none to go by."""
-        for _, path in self.folder.committed():
-            return sum(file.stat().st_size for file in path.iterdir())
-        return 0
+    def history(self) -> list[int] | None:
+        """Steps of the committed checkpoints, newest first; none where there never was one."""
+        return self.store.committed() if self.store.has_history() else None
 
-    def history(self) -> list[str] | None:
-        """Names of the committed checkpoints, newest first; none where there never was one."""
-        if not self.folder.has_history():
-            return None
-        return [path.name for _, path in self.folder.committed()]
-
-    def problems(self, path: Path) -> list[str]:
+    def problems(self, step: int) -> list[str]:
         """What is wrong with a checkpoint, found by all ranks together."""
         try:
-            files = manifests.read(path).files
+            files = self.store.manifest(step).files
         except ValueError as error:
             own = [str(error)]
         else:
             names = sorted({*files, ".metadata"})
-            own = manifests.damage(path, files, names[self.mesh.rank :: self.mesh.world])
+            own = self.store.damage(step, files, names[self.mesh.rank :: self.mesh.world])
         found: list[list[str]] = [[] for _ in range(self.mesh.world)]
         dist.all_gather_object(found, own)
         return sorted({problem for problems in found for problem in problems})
 
-    def load(self, path: Path, tensors: Tensors) -> tuple[Progress, int]:
+    def load(self, step: int, tensors: Tensors) -> tuple[Progress, int]:
         """Read a whole checkpoint into the tensors; where it is, and updates taken.
 
         Raises:
             ValueError: it is of another model, seed or corpus.
         """
-        saved = manifests.read(path)
+        saved = self.store.manifest(step)
         if saved.architecture != self.config.architecture.model_dump(mode="json"):
             raise ValueError(
-                f"{path} holds another model: restore spec.model, or point checkpoint.uri to an "
-                "empty folder"
+                f"{self.store.where} holds another model: restore spec.model, or point "
+                "checkpoint.uri to an empty place"
             )
         position = self.stream.position(DataState(**saved.data))
-        load(tensors, storage_reader=FileSystemReader(path))
+        with self.store.reader(step) as reader:
+            load(tensors, storage_reader=reader)
         progress = Progress(
             step=saved.step,
             tokens=saved.tokens,

@@ -6,7 +6,7 @@ an error; the manifest is what a load trusts.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -41,7 +41,12 @@ class CheckpointManifest:
     architecture: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folder: str = ""  # where the files lie, if not beside the manifest
     format: int = FORMAT
+
+    def to_json(self) -> str:
+        """As it is stored."""
+        return json.dumps(asdict(self), indent=2)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def write(folder: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest last and make folder and file durable."""
     path = folder / NAME
     with path.open("w") as file:
-        json.dump(asdict(manifest), file, indent=2)
+        file.write(manifest.to_json())
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
@@ -66,28 +71,50 @@ def read(folder: Path) -> CheckpointManifest:
         ValueError: it is missing, no manifest, or of another format.
         OSError: the storage is away; that says nothing about the checkpoint.
     """
+    path = folder / NAME
     try:
-        record = json.loads((folder / NAME).read_text())
-        manifest = CheckpointManifest(**record)
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder / NAME}: {error}") from error
+        return parse(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(content: bytes, where: str) -> CheckpointManifest:
+    """The manifest from its stored form. Raises ValueError if it is none, or of another format."""
+    try:
+        manifest = CheckpointManifest(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
     if manifest.format != FORMAT:
-        raise ValueError(f"{folder / NAME}: format {manifest.format} is not {FORMAT}")
+        raise ValueError(f"{where}: format {manifest.format} is not {FORMAT}")
     return manifest
 
 
-def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+def damage(
+    files: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str],
+    *,
+    size_of: Callable[[str], int],
+    sha256_of: Callable[[str], str],
+) -> list[str]:
     """What is wrong with the named files, one sentence each; empty when all are as the manifest
     says.
+
+    Args:
+        files: of the manifest.
+        names: those to look at.
+        size_of: bytes of a file as it is stored; FileNotFoundError if it is not.
+        sha256_of: of its content, as it is stored.
     """
     found = []
     for name in names:
-        path = folder / name
-        if not path.is_file():
+        try:
+            size_bytes = size_of(name)
+        except FileNotFoundError:
             found.append(f"{name} is missing")
-        elif path.stat().st_size != files[name]["sizeBytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {files[name]['sizeBytes']}")
-        elif sha256_of(path) != files[name]["sha256"]:
+            continue
+        if size_bytes != files[name]["sizeBytes"]:
+            found.append(f"{name} has {size_bytes} bytes, not {files[name]['sizeBytes']}")
+        elif sha256_of(name) != files[name]["sha256"]:
             found.append(f"{name} has another sha256")
     return found
 
