@@ -233,6 +233,14 @@ def test_a_bucket_is_not_mounted_and_workers_are_told_its_uri():
     assert [claim["claimName"] for claim in claims] == ["corpora"]
 
 
+def test_credentials_of_a_bucket_come_from_the_template():
+    envfrom = [{"secretRef": {"name": "checkpoint-bucket"}}]
+    template = {"spec": {"containers": [{"name": "trainer", "envFrom": envfrom}]}}
+    made = pod(checkpoint={"uri": "s3://runs/seven"}, workers={"template": template})
+    assert container(made)["envFrom"] == envfrom
+    assert environment(made)["DSTRAIN_CHECKPOINT_URI"] == "s3://runs/seven"
+
+
 def test_a_coordinator_with_its_own_ca_is_trusted_by_its_workers():
     parsed = spec()
     settings = replace(SETTINGS, coordinator_ca="PEM")
