@@ -56,7 +56,7 @@ SPEC: Final[dict[str, Any]] = {
     "workers": {"replicas": WORKERS, "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}}},
     "checkpoint": {"everySteps": 25},
     "recovery": {
-        "hangTimeout": "10s",
+        "hangTimeout": "30s",
         "budgets": {"infrastructure": UNLIMITED, "application": UNLIMITED},
     },
 }
