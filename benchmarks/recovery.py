@@ -27,7 +27,7 @@ from deepseek_operator.core.worker import trainer_config
 from dstrain_api.constants import ENV_CHECKPOINT_DIR, ENV_CONFIG, ENV_REPORT_SOCKET
 from dstrain_api.spec import DeepSeekTrainingSpec
 
-from e2e.faults.drive import Injection, Version
+from e2e.faults.drive import Version, injected
 from e2e.faults.local import LocalStage
 from e2e.faults.plan import Fault, Kind, Moment
 from e2e.faults.recoveries import recovery_s
@@ -92,9 +92,7 @@ def dstrain_times() -> dict[Kind, list[float | None]]:
 
 def _one(stage: LocalStage, kind: Kind, *, slot: int) -> float | None:
     _wait(lambda: bool(stage.node_of(slot)))
-    fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
-    generation = int(stage.versions()[-1].status["generation"])
-    injection = Injection(fault, stage.inject(fault), generation)
+    injection = injected(stage, Fault(at=Moment(seconds=0), kind=kind, slot=slot))
     _wait(lambda: recovery_s(injection, stage.versions()) is not None)
     return recovery_s(injection, stage.versions())
 

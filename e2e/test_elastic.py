@@ -9,7 +9,7 @@ import pytest
 from e2e import install, soak
 from e2e.clusters.interface import Cluster
 from e2e.faults.cluster import ClusterStage
-from e2e.faults.drive import Injection
+from e2e.faults.drive import injected
 from e2e.faults.plan import Fault, Moment
 from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
@@ -39,9 +39,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
         training.wait_step(training.seen[-1].step + 30, PATIENCE_S)
 
     node = stage.node_of(3)
-    fault = Fault(at=Moment(seconds=0), kind="power-off", slot=3)
-    generation = int(training.seen[-1].status["generation"])
-    injection = Injection(fault, stage.inject(fault), generation)
+    injection = injected(stage, Fault(at=Moment(seconds=0), kind="power-off", slot=3))
     training.wait(
         "a step by fewer", lambda _: recovery_s(injection, stage.versions()) is not None, 120
     )

@@ -16,7 +16,7 @@ import pytest
 from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.faults.cluster import ClusterStage
-from e2e.faults.drive import Injection
+from e2e.faults.drive import Injection, injected
 from e2e.faults.plan import Fault, Kind, Moment
 from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
@@ -67,8 +67,7 @@ class Subject:
     def suffer(self, kind: Kind, slot: int) -> float:
         """Inject a fault and wait for the first new step after it; the seconds between."""
         fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
-        generation = self.generation
-        return self.recovered(kind, Injection(fault, self.stage.inject(fault), generation))
+        return self.recovered(kind, injected(self.stage, fault))
 
     def recovered(self, name: str, injection: Injection) -> float:
         def holds(_: Seen) -> bool:

@@ -17,6 +17,9 @@ from dstrain_api.base import ApiModel
 
 Short = Annotated[str, Field(max_length=253)]
 
+# What a pod can tell of its own processes' failures; the other classes are seen from outside.
+ErrorClass = Literal["application", "outOfMemory", "configuration", "numeric"]
+
 HANG = "hang"  # fingerprint of processes that made no step for too long, and were ended
 PEER_LOST = "peer-lost"  # fingerprint of an error that the end of another worker has caused
 ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
@@ -111,7 +114,7 @@ class ErrorReport(ApiModel):
     exit_code: int
     message: ErrorText = ""
     fingerprint: Short = ""
-    failure_class: Literal["application", "outOfMemory", "configuration", "numeric"] = "application"
+    failure_class: ErrorClass = "application"
     step: int = Field(0, ge=0, description="Last finished step of this pod's processes.")
     stacks: Annotated[str, Field(max_length=1024)] = Field(
         "", description="Folder with the stacks of a hanging pod's processes."

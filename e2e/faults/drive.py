@@ -46,6 +46,12 @@ class Stage(Protocol):
         """Node of the living pod in a slot; empty if there is none now."""
 
 
+def injected(stage: Stage, fault: Fault) -> Injection:
+    """Inject a fault now, whatever its moment."""
+    generation = int(stage.versions()[-1].status.get("generation", 0))
+    return Injection(fault, stage.inject(fault), generation)
+
+
 LASTING: frozenset[Kind] = frozenset({"power-off", "partition"})
 
 
@@ -67,8 +73,7 @@ def drive(plan: FaultPlan, stage: Stage) -> list[Injection]:
                     began_s = time.monotonic()
                 time.sleep(POLL_S)
             node = stage.node_of(fault.slot)
-            generation = int(stage.versions()[-1].status.get("generation", 0))
-            done.append(Injection(fault, stage.inject(fault), generation))
+            done.append(injected(stage, fault))
             if fault.kind in LASTING:
                 repair = threading.Timer(fault.lasts_seconds, stage.repair, (fault, node))
                 repair.start()

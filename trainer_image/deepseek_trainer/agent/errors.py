@@ -13,12 +13,9 @@ import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorReport
-
-FailureClass = Literal["application", "outOfMemory", "configuration", "numeric"]
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorClass, ErrorReport
 
 OOM_TEXT = (
     "killed by the kernel, for the pod's memory limit was reached; raise "
@@ -111,7 +108,7 @@ def error_of(
     )
 
 
-def _class_of(failure: WorkerFailure, text: str, *, began: bool, killed: bool) -> FailureClass:
+def _class_of(failure: WorkerFailure, text: str, *, began: bool, killed: bool) -> ErrorClass:
     if killed:
         return "outOfMemory"
     return "application" if failure.exit_code < 0 else _class(text, began=began)
@@ -155,7 +152,7 @@ def _fingerprint(exit_code: int, text: str) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _class(text: str, *, began: bool) -> FailureClass:
+def _class(text: str, *, began: bool) -> ErrorClass:
     start = _TRACEBACK.search(text)
     if start is None:
         return "configuration" if _NO_PROGRAM.match(text.splitlines()[-1]) else "application"
