@@ -65,10 +65,8 @@ class OperatorProcess:
         self.process: subprocess.Popen[bytes]
         self.url = f"http://127.0.0.1:{port}"
 
-    def start(self) -> None:
-        """Start, or start again; returns when it answers."""
-        said = len(self.log)
-        port = self.url.rpartition(":")[2]
+    def launch(self) -> None:
+        """Start, or start again, without a look at what becomes of it."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [Path(sys.executable).with_name("dstrain-operator")],
@@ -76,6 +74,12 @@ class OperatorProcess:
                 stdout=log,
                 stderr=log,
             )
+
+    def start(self) -> None:
+        """Launch; returns when it answers."""
+        said = len(self.log)
+        port = self.url.rpartition(":")[2]
+        self.launch()
         listening = f"listening on port {port}"
         wait_until(
             lambda: listening in self.log[said:] or self.process.poll() is not None,

@@ -326,13 +326,13 @@ def test_killed_after_any_write_of_a_life_the_operator_finishes_it_and_does_noth
 
 @contextmanager
 def kept_up(operator: OperatorProcess) -> Iterator[None]:
-    """What a kubelet does with a container that ended."""
+    """What a kubelet does with a container that ended, be it before it answered."""
     ended = threading.Event()
 
     def keep() -> None:
         while not ended.wait(0.02):
             if operator.process.poll() is not None:
-                operator.start()
+                operator.launch()
 
     keeper = threading.Thread(target=keep)
     keeper.start()
