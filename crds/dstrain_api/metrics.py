@@ -172,6 +172,21 @@ _WORKER = _exposed(
     ),
 )
 
+# Of every training process of the pod, as it says itself.
+_RANKS = _exposed(
+    "agent",
+    ("training",),
+    Metric(
+        "dstrain_rank_compute_seconds_total",
+        "counter",
+        "Time that a training process has worked on steps without waiting for other ranks: data, "
+        "forward, optimizer. The rank whose rate is highest is the one that all others wait for.",
+        labels=("local_rank",),
+        unit="seconds",
+        absent="before its first step",
+    ),
+)
+
 # Through NVML. `gpu` is the index inside the pod.
 _GPUS = _exposed(
     "agent",
@@ -358,7 +373,7 @@ _OPERATOR = _exposed(
     ),
 )
 
-METRICS: Final = (*_RANK_ZERO, *_WORKER, *_GPUS, *_TRAININGS, *_OPERATOR)
+METRICS: Final = (*_RANK_ZERO, *_WORKER, *_RANKS, *_GPUS, *_TRAININGS, *_OPERATOR)
 RANK_ZERO_NAMES: Final = frozenset(m.name for m in _RANK_ZERO)
 GPU_NAMES: Final = frozenset(m.name for m in _GPUS)
 

@@ -87,6 +87,15 @@ class Orders(ApiModel):
     stop: bool = Field(False, description="Save and exit: the training is suspended or ends.")
 
 
+class SlowRank(ApiModel):
+    """A rank whose own part of a step takes longer than that of the others."""
+
+    rank: int = Field(ge=0)
+    ratio: float = Field(
+        gt=0, lt=float("inf"), description="Its time over the median of all ranks."
+    )
+
+
 class ProgressReport(ApiModel):
     """What rank 0 says after a step (at most a few times per second)."""
 
@@ -105,6 +114,9 @@ class ProgressReport(ApiModel):
     )
     skipped_steps: int = Field(0, ge=0, description="Steps without an update: bad gradients.")
     rollbacks: int = Field(0, ge=0, description="Returns to a checkpoint because of bad numbers.")
+    stragglers: Annotated[tuple[SlowRank, ...], Field(max_length=8)] = Field(
+        (), description="Ranks that have been slow for a while, the slowest first."
+    )
 
 
 class ErrorReport(ApiModel):

@@ -121,6 +121,15 @@ class ExcludedNode(ApiModel):
     until: str | None = Field(None, max_length=64, description="When it may be used again, RFC 3339. Default: none while that depends on the node. Example: 2026-11-21T13:00:00Z.")
 
 
+class StragglerStatus(ApiModel):
+    """A worker process that all others wait for, step after step."""
+
+    rank: int = Field(ge=0, description="Rank of the process. Default: none. Example: 3.")
+    pod: str = Field("", max_length=253, description="Its pod. Default: empty. Example: mini-1-3.")
+    node: str = Field("", max_length=253, description="Its node. Default: empty. Example: gpu-7.")
+    ratio: float = Field(ge=0, description="Time of its own part of a step over the median of all ranks. Default: none. Example: 2.1.")
+
+
 class Summary(ApiModel):
     """Texts for the columns of `kubectl get`."""
 
@@ -152,6 +161,7 @@ class DeepSeekTrainingStatus(ApiModel):
     checkpoint: CheckpointStatus | None = Field(None, description="What the next generation resumes from. Default: none before the first commit. Example: {step: 100}.")
     nodes: list[NodeRecord] = Field(default_factory=list, max_length=32, description="Nodes that failures point at, the last one last. Default: []. Example: [{name: gpu-7, offences: 1.9}].")
     excluded_nodes: list[ExcludedNode] = Field(default_factory=list, max_length=32, description="Nodes that new pods avoid. Default: []. Example: [{name: gpu-7, reason: NodeLost}].")
+    stragglers: list[StragglerStatus] = Field(default_factory=list, max_length=8, description="Worker processes that have been slower than the others for a minute, the slowest first; nothing is restarted because of it. Default: []. Example: [{rank: 3, pod: mini-1-3, node: gpu-7, ratio: 2.1}].")
     start_time: str | None = Field(None, max_length=64, description="When the first pods were created, RFC 3339. Default: none. Example: 2026-11-21T12:00:00Z.")
     finish_time: str | None = Field(None, max_length=64, description="When it completed or failed, RFC 3339. Default: none. Example: 2026-11-21T13:00:00Z.")
     summary: Summary = Field(default_factory=Summary, description="Texts for printer columns. Default: empty. Example: {progress: 41%}.")

@@ -14,6 +14,7 @@ from deepseek_trainer.optim.watch import Verdict
 from deepseek_trainer.parallel.mesh import Mesh
 from deepseek_trainer.state.checkpoint import SavingFigures
 from deepseek_trainer.state.progress import Progress
+from deepseek_trainer.stragglers import Stragglers
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY_S: Final = 0.25
@@ -34,7 +35,7 @@ class Console:
     def __init__(
         self, config: TrainerConfig, mesh: Mesh, *, total_steps: int, resumed: Progress
     ) -> None:
-        self._first = mesh.rank == 0
+        self._first, self._rank = mesh.rank == 0, mesh.rank
         self._total_steps = total_steps
         self._resumed_step = resumed.step
         self._rollbacks_before = resumed.rollbacks
@@ -44,6 +45,8 @@ class Console:
         self._mfu_per_rate = flops / (peak * mesh.world) if peak else None
         self._ends_s = deque([time.monotonic()], maxlen=_WINDOW_STEPS + 1)
         self._skipped = self._spikes = 0
+        self._own_s = 0.0
+        self._stragglers = Stragglers()
         self._next_report_s = self._next_print_s = 0.0
         if self._first:
             start = f"resumed at step {resumed.step}" if resumed.step else "from scratch"
@@ -69,6 +72,14 @@ class Console:
                 _log.warning("step %d: the loss jumped to %.4f", progress.step, loss)
         now_s = time.monotonic()
         self._ends_s.append(now_s)
+        self._own_s += totals.ranks_s[self._rank]
+        if self._stragglers.step(totals.ranks_s, now_s) and self._first:
+            for slow in self._stragglers.worst:
+                _log.warning(
+                    "rank %d needs %.1f times as long as others for its own part of a step",
+                    slow.rank,
+                    slow.ratio,
+                )
         if last or now_s >= self._next_report_s:
             self._next_report_s = now_s + _REPORT_EVERY_S
             self._report(progress, totals, learning_rate, saving)
@@ -116,6 +127,8 @@ class Console:
             skipped_steps=progress.skipped_steps,
             rollbacks=progress.rollbacks,
             verified_step=saving.verified_step,
+            stragglers={slow.rank: slow.ratio for slow in self._stragglers.worst},
+            own_seconds=self._own_s,
             metrics=metrics,
         )
 

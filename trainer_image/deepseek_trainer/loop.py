@@ -36,6 +36,7 @@ from deepseek_trainer.state.open import open_store
 from deepseek_trainer.state.pace import Pace
 from deepseek_trainer.state.progress import Progress
 from deepseek_trainer.state.verify import Verifier
+from deepseek_trainer.stopwatch import Stopwatch
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +105,9 @@ class Trainer:
         with torch.device("meta"):
             self.model = DeepSeek(config.architecture, mesh.tensor_group)
         spread(self.model, mesh, compute=config.precision.compute, seed=training.seed)
+        self.own_work = Stopwatch(device)
+        for block in self.model.blocks:
+            self.own_work.watch(block)
         self.optimizer = ShardedAdamW(self.model, config.optimizer, mesh)
         self.tokens_per_step = training.global_batch * data.sequence_length
         self.total_steps = -(-training.total.tokens // self.tokens_per_step)
@@ -196,6 +200,7 @@ class Trainer:
             norm_squared=self.optimizer.collect_gradients(),
             flags=replace(flags, stop=self.stop.raised),
             loads=[mixture.take_load() for mixture in mixtures],
+            own_s=self.own_work.take(),
         ).unscaled(scale)
         progress.step += 1
         batch = self.config.training.global_batch
@@ -203,9 +208,10 @@ class Trainer:
         progress.tokens += self.tokens_per_step
         if totals.finite:
             clip = min(1.0, self.config.optimizer.clip_norm / (totals.norm + 1e-6))
-            self.optimizer.step(
-                learning_rate=self.learning_rate(progress), gradient_factor=clip / scale
-            )
+            with self.own_work.running():
+                self.optimizer.step(
+                    learning_rate=self.learning_rate(progress), gradient_factor=clip / scale
+                )
             for mixture, load_e in zip(mixtures, totals.loads, strict=True):
                 speed = mixture.moe.bias_update_speed
                 mixture.expert_bias.copy_(moved_bias(mixture.expert_bias, load_e, speed))
@@ -230,7 +236,8 @@ class Trainer:
         training = self.config.training
         share = training.global_batch // self.mesh.layout.data
         begin = progress.position + share * self.mesh.data_rank
-        samples = torch.from_numpy(self.stream.read(begin, begin + share)).to(self.mesh.device)
+        with self.own_work.running():
+            samples = torch.from_numpy(self.stream.read(begin, begin + share)).to(self.mesh.device)
         # Gradients are of the mean over the global batch's tokens, times the loss scale.
         factor = progress.loss_scale.scale / self.tokens_per_step
         balance_factor = progress.loss_scale.scale / training.global_batch

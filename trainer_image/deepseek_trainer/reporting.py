@@ -2,6 +2,7 @@
 waiting, no errors.
 
     {"localRank": 0, "rankStep": 12}     every rank
+    {..., "ownSeconds": 3.2}             every rank, at times
     {"localRank": 0, "section": "save"}  every rank, where something else than steps begins
     {..., "progress": {...}}             rank 0: a protocol.ProgressReport
     {"localRank": 0, "metrics": {...}}   rank 0: figures by their names in dstrain_api.metrics
@@ -38,6 +39,8 @@ def report(
     verified_step: int | None = None,
     skipped_steps: int | None = None,
     rollbacks: int | None = None,
+    stragglers: Mapping[int, float] | None = None,
+    own_seconds: float | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Say how far this process is. Any program that torchrun starts may call it after a step, on
@@ -55,9 +58,14 @@ def report(
         verified_step: newest committed checkpoint that was read back and is whole.
         skipped_steps: steps without an update, because of bad gradients.
         rollbacks: returns to a checkpoint, because of bad numbers.
+        stragglers: slow ranks, and how many times as long as others they work on a step.
+        own_seconds: time since this process began that it has worked on steps without waiting for
+            other ranks.
         metrics: further figures by their names in `dstrain_api.metrics`.
     """
     record = _finished(step)
+    if own_seconds is not None:
+        record["ownSeconds"] = own_seconds
     if os.environ.get("RANK", "0") == "0":
         progress = {
             "step": step,
@@ -72,7 +80,8 @@ def report(
             "skippedSteps": skipped_steps,
             "rollbacks": rollbacks,
         }
-        record["progress"] = _finite(progress)
+        slow = [{"rank": rank, "ratio": ratio} for rank, ratio in (stragglers or {}).items()]
+        record["progress"] = {**_finite(progress), "stragglers": slow}
         record["metrics"] = _finite(metrics or {})
     _send(record)
 

@@ -101,6 +101,7 @@ def _lasting(status: DeepSeekTrainingStatus) -> object:
         status.restarts,
         status.history,
         status.checkpoint,
+        {(one.rank, one.pod) for one in status.stragglers},
         [(c.type, c.status, c.reason) for c in status.conditions],
     )
 
@@ -142,6 +143,20 @@ def _events(
         )
         for n in after.excluded_nodes
         if n.name not in avoided and n.reason != NODE_LOST  # which has its own event
+    ]
+    slow = {(one.rank, one.pod) for one in before.stragglers}
+    found += [
+        Event(
+            type="Warning",
+            reason="Straggler",
+            message=(
+                f"all wait for rank {one.rank} in {one.pod} on node {one.node}: its own part of a "
+                f"step takes {one.ratio:g} times as long as that of others"
+            ),
+            at_s=now_s,
+        )
+        for one in after.stragglers
+        if (one.rank, one.pod) not in slow
     ]
     if after.progress.rollbacks > before.progress.rollbacks:
         text = f"bad numbers: training went back to a checkpoint before step {before.progress.step}"

@@ -12,6 +12,7 @@ from dstrain_api.status import (
     HistoryEntry,
     Phase,
     Progress,
+    StragglerStatus,
     WorkersStatus,
 )
 
@@ -57,6 +58,7 @@ def report(s: Situation, decision: Plan) -> DeepSeekTrainingStatus:
             "progress": _progress(s, running=running),
             "checkpoint": _checkpoint(s),
             "history": _recovered(s, after.history),
+            "stragglers": _stragglers(s, current) if running and current else [],
             "excluded_nodes": [] if ended else nodes.excluded(s, after),
         }
     )
@@ -134,6 +136,22 @@ def _progress(s: Situation, *, running: bool) -> Progress:
     if not running:
         return _standing(made)
     return made.model_copy(update={"eta_seconds": eta_s(made, said.step_seconds)})
+
+
+def _stragglers(s: Situation, current: Membership) -> list[StragglerStatus]:
+    """Who they are, of the current generation."""
+    said = s.gathering.progress
+    if said is None or s.gathering.progress_generation != current.generation:
+        return []
+    pods = {pod.uid: pod for pod in s.observed.pods}
+    found = []
+    for slow in said.stragglers:
+        group_rank = slow.rank // s.spec.workers.processes_per_worker
+        uid = current.pod_uids[group_rank] if group_rank < len(current.pod_uids) else ""
+        if pod := pods.get(uid):
+            ratio = round(slow.ratio, 1)
+            found.append(StragglerStatus(rank=slow.rank, pod=pod.name, node=pod.node, ratio=ratio))
+    return found
 
 
 def _standing(progress: Progress) -> Progress:

@@ -400,7 +400,9 @@ class Roster:
             resumed_step = last.resumed_step
         before = last.step if last else -1
         first_new = before <= (resumed_step or 0) < progress.step
-        self.changed |= last is None or first_new
+        slow = {one.rank for one in last.stragglers} if last else set()
+        news = slow != {one.rank for one in progress.stragglers}
+        self.changed |= last is None or first_new or news
         self._progress = progress.model_copy(
             update={
                 "resumed_step": resumed_step,

@@ -231,6 +231,7 @@ class Handler(RendezvousHandler):
             self._step = report.rank_step
         self._progress.heard(report, time.monotonic())
         self._program_done = self._program_done or report.done
+        self._metrics.worked(report)
         if self._membership.group_rank == 0 and report.local_rank == 0:
             self._metrics.reported(report)
             self._forwarder.put(self._membership.generation, report)

@@ -33,6 +33,7 @@ _BY_FIGURE = {  # of a progress report; all gauges
     "tokens_per_second": "dstrain_throughput_tokens_per_second",
     "mfu": "dstrain_mfu_ratio",
 }
+_OWN_SECONDS = "dstrain_rank_compute_seconds_total"
 _SAVED_STEP = "dstrain_checkpoint_last_step"
 _SAVED_AT = "dstrain_checkpoint_last_timestamp_seconds"
 
@@ -67,6 +68,7 @@ class AgentMetrics:
         self._holds_rank_zero = False
         self._last: ProgressReport | None = None  # of this generation
         self._counted: dict[str, float] = {}  # of rank 0's process, by counter
+        self._own_s: dict[int, float] = {}  # of this generation's processes, by local rank
         self._put("dstrain_generation", 0)
         for metric in by_exporter("agent"):
             if metric.name in self._families and metric.type != "gauge" and not metric.absent:
@@ -84,10 +86,21 @@ class AgentMetrics:
             self._holds_rank_zero = group_rank == 0
             self._last = None
             self._counted.clear()
+            self._own_s.clear()
 
     def restarted(self) -> None:
         """Worker processes of this pod are started again."""
         self._put("dstrain_worker_restarts_total", 1)
+
+    def worked(self, report: WorkerReport) -> None:
+        """A rank of this pod has said something."""
+        if report.own_seconds is None:
+            return
+        with self._lock:
+            before_s = self._own_s.get(report.local_rank, 0.0)
+            self._own_s[report.local_rank] = report.own_seconds
+            child = self._families[_OWN_SECONDS].labels(self._training, str(report.local_rank))
+            child.inc(max(0.0, report.own_seconds - before_s))
 
     def reported(self, report: WorkerReport) -> None:
         """Rank 0 of the training, in this pod, has said how far it is."""

@@ -40,6 +40,7 @@ class WorkerReport(ApiModel):
 
     local_rank: int = Field(0, ge=0)
     rank_step: int | None = Field(None, ge=0)
+    own_seconds: float | None = Field(None, ge=0, lt=float("inf"))  # since the process began
     section: Annotated[str, Field(max_length=32)] = ""
     progress: ProgressReport | None = None
     metrics: dict[str, float] = Field(default_factory=dict)

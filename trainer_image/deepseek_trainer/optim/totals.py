@@ -1,5 +1,5 @@
 """What all ranks must agree on after backward, in one all-reduce: loss, gradient norm, flags
-and expert load.
+and expert load; and how long each of them has worked.
 """
 
 import math
@@ -34,7 +34,8 @@ NO_FLAGS: Final = Flags()
 class StepTotals:
     """Sums over the global batch, equal on every rank, so that every decision from them is too.
 
-    `scale` is the loss scale that the gradients still had when they were summed.
+    `scale` is the loss scale that the gradients still had when they were summed. `ranks_s` are the
+    seconds that each rank has worked without waiting for others.
     """
 
     loss_sum: float
@@ -42,6 +43,7 @@ class StepTotals:
     flags: Flags
     loads: tuple[torch.Tensor, ...]
     scale: float = 1.0
+    ranks_s: tuple[float, ...] = ()
 
     def unscaled(self, scale: float) -> "StepTotals":
         """The same with the norm of the true gradient; the loss was never scaled."""
@@ -65,6 +67,7 @@ def reduce_totals(
     norm_squared: torch.Tensor,
     flags: Flags,
     loads: Sequence[torch.Tensor],
+    own_s: float = 0.0,
 ) -> StepTotals:
     """Add up every rank's part.
 
@@ -75,18 +78,23 @@ def reduce_totals(
             already summed.
         flags: of this rank.
         loads: tokens per expert of every mixture layer, over this rank's samples.
+        own_s: how long this rank has worked.
     """
     first = 1.0 if mesh.tensor_rank == 0 else 0.0
     # fp64 holds token counts exactly.
     own = torch.cat([loss_sum.double().reshape(1), *(load.double() for load in loads)]) * first
-    raised = norm_squared.new_tensor([float(flag) for flag in astuple(flags)])
-    total = torch.cat([norm_squared.reshape(1), raised, own])
+    raised = [float(flag) for flag in astuple(flags)]
+    ranks_s = [own_s if rank == mesh.rank else 0.0 for rank in range(mesh.world)]
+    figures = norm_squared.new_tensor(raised + ranks_s)
+    total = torch.cat([norm_squared.reshape(1), figures, own])
     dist.all_reduce(total)
-    begin = 2 + len(raised)
-    norm_squared_sum, *votes, loss = total[:begin].tolist()
+    begin = 2 + len(figures)
+    norm_squared_sum, *summed, loss = total[:begin].tolist()
+    votes, ranks_s = summed[: len(raised)], summed[len(raised) :]
     return StepTotals(
         loss_sum=loss,
         norm=math.sqrt(norm_squared_sum) if norm_squared_sum >= 0 else math.nan,
         flags=Flags(*(vote > 0 for vote in votes)),
         loads=total[begin:].split([len(load) for load in loads]) if loads else (),
+        ranks_s=tuple(ranks_s),
     )
