@@ -323,6 +323,18 @@ _RECOVERY = Row(
             empty="before the first restart",
         ),
         Panel(
+            "Own work by rank",
+            "Share of time in which a rank works on steps without waiting for others (data, "
+            "forward, optimizer). A line far above the others is the rank that all wait for.",
+            "percentunit",
+            (
+                Query(
+                    f"rate(dstrain_rank_compute_seconds_total{_OF}[$__rate_interval])",
+                    "{{pod}} {{local_rank}}",
+                ),
+            ),
+        ),
+        Panel(
             "Worker restarts",
             "Times that a pod's worker processes were started again, in each interval.",
             "none",

@@ -25,6 +25,7 @@ METRICS_TYPE = "text/plain; version=0.0.4"
 LABEL_VALUES = {
     "namespace": ("default",),
     "training": ("mini",),
+    "local_rank": ("0", "1"),
     "gpu": ("0", "1"),
     "gpu_uuid": ("GPU-00000000-0000-0000-0000-000000000000",),
     "phase": get_args(Phase),

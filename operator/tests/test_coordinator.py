@@ -519,3 +519,14 @@ def test_progress_goes_back_only_by_a_rollback() -> None:
     gang.report(0, 1, progress={"step": 31, "rollbacks": 1})
     assert gang.seen.progress
     assert gang.seen.progress.step == 31
+
+
+def test_a_rank_that_turns_slow_is_news_and_stays_none() -> None:
+    gang = Gang()
+    gang.form(1)
+    gang.report(0, 1, progress={"step": 1})
+    for step, ranks, news in ((2, [], False), (3, [1], True), (4, [1], False), (5, [], True)):
+        gang.news.clear()
+        slow = [{"rank": rank, "ratio": 2.0 + step} for rank in ranks]
+        gang.report(0, 1, progress={"step": step, "stragglers": slow})
+        assert bool(gang.news) == news

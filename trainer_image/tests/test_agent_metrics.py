@@ -137,3 +137,14 @@ def test_what_may_happen_is_zero_before_it_does(metrics: AgentMetrics) -> None:
     assert found["dstrain_worker_restarts_total"] == 0
     assert found["dstrain_skipped_steps_total"] == 0
     assert found["dstrain_step_duration_seconds_count"] == 0
+
+
+def test_work_of_every_rank_is_counted_over_all_its_processes(metrics: AgentMetrics) -> None:
+    for seconds in (1.5, 4.0):
+        metrics.worked(WorkerReport(local_rank=1, own_seconds=seconds))
+    metrics.worked(WorkerReport(local_rank=0, rank_step=3))
+    metrics.joined(generation=4, group_rank=1, seconds=0.1)
+    metrics.worked(WorkerReport(local_rank=1, own_seconds=0.5))
+    name = "dstrain_rank_compute_seconds_total"
+    assert f'{name}{{local_rank="1",training="mini"}} 4.5' in metrics.exposition().decode()
+    assert f'{name}{{local_rank="0"' not in metrics.exposition().decode()

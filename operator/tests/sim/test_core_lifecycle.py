@@ -6,7 +6,7 @@ import pytest
 from deepseek_operator.core.clock import rfc3339_ms
 from deepseek_operator.core.model import CommitView, ContainerView, Gathering, Observed
 from deepseek_operator.core.plan import plan
-from dstrain_api.protocol import ProgressReport
+from dstrain_api.protocol import ProgressReport, SlowRank
 from dstrain_api.status import HistoryEntry
 from plan_case import NOW_S, SETTINGS, Case, deleted, made, says
 
@@ -202,3 +202,35 @@ def test_the_columns_show_how_far_it_is():
     assert (summary.progress, summary.step, summary.tokens_per_second) == ("41%", "41/100", "5.2k")
     assert (summary.eta, summary.mfu, summary.workers) == ("1m58s", "31%", "2/2")
     assert summary.message == "training on 2 workers"
+
+
+def slow(*ranks, step=50, ratio=2.34):
+    found = tuple(SlowRank(rank=rank, ratio=ratio) for rank in ranks)
+    return ProgressReport(step=step, total_steps=100, stragglers=found)
+
+
+def test_a_slow_rank_is_told_once_with_its_pod_and_node_and_nothing_is_restarted():
+    case = Case(workers={"replicas": 2, "processesPerWorker": 2}).running(0, 1)
+    decided = case.knows(progress=slow(3)).plan()
+    [event] = decided.events
+    assert (event.type, event.reason) == ("Warning", "Straggler")
+    assert "rank 3 in mini-1-1 on node n1" in event.message
+    assert "2.3 times" in event.message
+    assert decided.end_generation is None
+    assert not decided.deletes
+    case.status = decided.status
+    assert not case.knows(progress=slow(3, step=60, ratio=2.6)).plan().events
+    assert [e.message[:19] for e in case.knows(progress=slow(3, 0)).plan().events] == [
+        "all wait for rank 0"
+    ]
+
+
+def test_a_rank_is_no_longer_slow_when_its_generation_is_over_or_it_says_so():
+    case = Case().running(0, 1).knows(progress=slow(1)).written()
+    assert [(slow.rank, slow.pod) for slow in case.status.stragglers] == [(1, "mini-1-1")]
+    assert case.knows(progress=slow()).plan().status.stragglers == []
+    assert case.knows(progress=slow(1), over=True).plan().status.stragglers == []
+
+
+def test_a_rank_that_does_not_exist_is_not_slow():
+    assert Case().running(0, 1).knows(progress=slow(7)).written().status.stragglers == []
