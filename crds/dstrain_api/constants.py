@@ -45,6 +45,7 @@ ENV_METRICS_PORT: Final = "DSTRAIN_METRICS_PORT"  # 0: any free port (local runs
 ENV_GENERATION: Final = "DSTRAIN_GENERATION"
 ENV_REPORT_SOCKET: Final = "DSTRAIN_REPORT_SOCKET"  # unix datagram socket of the pod's agent
 ENV_FAILURE_INTERVAL: Final = "DSTRAIN_FAILURE_INTERVAL_S"  # Assignment.failure_interval_s
+ENV_PREFLIGHT: Final = "DSTRAIN_PREFLIGHT"  # Assignment.preflight, as 0 or 1
 ENV_LOCAL_DIR: Final = "DSTRAIN_LOCAL_DIR"  # folder of this pod that outlives worker processes
 
 METRICS_PORT: Final = 9400

@@ -21,6 +21,7 @@ Short = Annotated[str, Field(max_length=253)]
 ErrorClass = Literal["application", "outOfMemory", "configuration", "numeric"]
 
 HANG = "hang"  # fingerprint of processes that made no step for too long, and were ended
+PREFLIGHT = "preflight"  # fingerprint of a node that failed the check before training
 PEER_LOST = "peer-lost"  # fingerprint of an error that the end of another worker has caused
 ERROR_TEXT_LIMIT = 2048  # characters of an error that are kept; the end of a traceback says most
 
@@ -61,6 +62,9 @@ class Assignment(ApiModel):
     master_port: int = 0
     failure_interval_s: float = Field(
         0.0, ge=0, description="Mean seconds between failures of this training; 0: not known."
+    )
+    preflight: bool = Field(
+        False, description="Whether the ranks check each other before they train."
     )
 
 

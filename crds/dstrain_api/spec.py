@@ -242,6 +242,7 @@ class RecoverySpec(ApiModel):
 
     heartbeat_timeout: Duration = Field("3s", description="A worker pod silent for longer is taken for lost, one that beats irregularly a little later. Pods beat three times in it, and at least once a second unless the operator is set to fewer. Default: 3s. Example: 15s.")
     hang_timeout: AutoOrDuration = Field("auto", description="Time without a finished step after which a training hangs: the stacks of all processes are saved and they are started again. auto is five times the longest of the last steps, at least 60 s, or 10 minutes for a program that reports no sections. Reading a checkpoint, the first step and other sections have 10 minutes or more. Default: auto. Example: 5m.")
+    preflight: Literal["auto", "off"] = Field("auto", description="Whether the nodes are checked before the first step and when a worker joins: GPU health, matrix products and exchange of data in pairs of ranks. A node that is broken, or more than twice as slow as the others in two rounds, is left. It takes less than a second or so, and is not done for an entrypoint. off is for nodes that are meant to differ. Default: auto. Example: \"off\".")
     budgets: BudgetsSpec = Field(default_factory=BudgetsSpec, description="Failures that are repaired, by class. Default: see its fields. Example: {application: {max: 1, window: 1h}}.")
 
 

@@ -482,7 +482,7 @@ def test_when_a_pod_first_joined_is_known_also_generations_later() -> None:
     assert gang.member(0).joined_at_s == joined_at_s
 
 
-def test_a_place_comes_with_the_time_between_failures() -> None:
+def test_a_place_comes_with_the_time_between_failures_and_whether_to_check_the_nodes() -> None:
     gang = Gang()
     gang.join(0)
     gang.coordinator.publish(
@@ -493,9 +493,11 @@ def test_a_place_comes_with_the_time_between_failures() -> None:
             master_address="10.0.0.0",
             master_port=1,
             failure_interval_s=1800.0,
+            preflight=True,
         ),
     )
-    assert gang.join(0).failure_interval_s == 1800.0
+    place = gang.join(0)
+    assert (place.failure_interval_s, place.preflight) == (1800.0, True)
 
 
 def test_an_error_is_kept_with_its_class_its_step_and_the_folder_of_its_stacks() -> None:

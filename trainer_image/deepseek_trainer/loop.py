@@ -17,7 +17,7 @@ from dstrain_api.constants import (
     EXIT_RESTART,
 )
 
-from deepseek_trainer import reporting
+from deepseek_trainer import preflight, reporting
 from deepseek_trainer.console import Console, report_commit
 from deepseek_trainer.data.corpus import open_corpora
 from deepseek_trainer.data.sampler import Stream
@@ -67,11 +67,14 @@ def main(config: TrainerConfig) -> int:
         ValueError: the configuration contradicts itself, the world, the data or the checkpoint.
         NoUsableCheckpoint: all checkpoints are damaged.
         NonFiniteGradient, RollbackFailed: the numbers are bad.
+        PreflightFailed: the node is.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     stop = StopFlag()
     signal.signal(signal.SIGTERM, stop.set)
     device = join_world()
+    if not preflight.passed(device):
+        return EXIT_RESTART  # the rank that failed says why
     code = Trainer(config, device, stop).run()
     dist.destroy_process_group()
     return code

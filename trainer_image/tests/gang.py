@@ -58,7 +58,8 @@ WORKER = """
             said = dict(at=time.time(), pid=os.getpid(), rank=rank, world=world, step=step,
                         generation=int(os.environ["DSTRAIN_GENERATION"]), sum=ones.item(),
                         local=os.environ["DSTRAIN_LOCAL_DIR"],
-                        failures=os.environ["DSTRAIN_FAILURE_INTERVAL_S"])
+                        failures=os.environ["DSTRAIN_FAILURE_INTERVAL_S"],
+                        preflight=os.environ["DSTRAIN_PREFLIGHT"])
             trace.write(json.dumps(said) + "\\n")
             report(step=step, tokens=step * 100, step_seconds=0.02, resumed_step=0)
             if os.path.exists(f"{folder}/raise-{slot}"):
@@ -113,6 +114,7 @@ class Former(threading.Thread):
                 pod_uids=pods,
                 master_address=head.address,
                 master_port=head.port,
+                preflight=any(m.generation == 0 for m in members),
             ),
         )
 

@@ -11,7 +11,7 @@ import pytest
 from deepseek_trainer.agent.errors import WorkerFailure, error_of, report_of
 from deepseek_trainer.agent.memory import oom_kills
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST
+from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, PREFLIGHT
 
 
 def failure(stderr: str = "", *, exit_code: int = 1, local_rank: int = 0) -> WorkerFailure:
@@ -203,3 +203,15 @@ def test_the_kernel_counts_kills_for_memory(tmp_path: Path, text: str) -> None:
     counter.write_text(text)
     assert oom_kills([tmp_path / "absent", counter]) == 2
     assert oom_kills([tmp_path / "absent"]) == 0
+
+
+def test_a_failed_check_of_the_node_is_known_by_its_name_whatever_it_says() -> None:
+    program = (
+        "from deepseek_trainer.preflight import PreflightFailed\n"
+        "raise PreflightFailed('the exchange of data failed: Connection closed by peer')"
+    )
+    error = error_of(of_program(program))
+    assert error.fingerprint == PREFLIGHT
+    assert error.message.endswith(
+        "PreflightFailed: the exchange of data failed: Connection closed by peer"
+    )

@@ -41,6 +41,7 @@ def test_worker_processes_have_a_folder_of_their_pod_and_know_how_often_it_fails
     folders = {Path(gang.last(slot)["local"]) for slot in range(3)}
     assert len([folder for folder in folders if folder.is_dir()]) == 3
     assert gang.last(0)["failures"] == "0"
+    assert gang.last(0)["preflight"] == "1"
 
 
 def test_a_killed_worker_costs_a_generation_and_no_pod(gang: Gang) -> None:

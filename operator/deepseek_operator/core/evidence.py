@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dstrain_api.protocol import HANG, PEER_LOST
+from dstrain_api.protocol import HANG, PEER_LOST, PREFLIGHT
 from dstrain_api.status import FailureClass
 
 from deepseek_operator.core.model import NodeView, PodView, WorkerError
@@ -205,6 +205,12 @@ def worker_error(s: Situation, error: WorkerError) -> Failure:
         text = f"{error.pod} lost its connection to another worker: {error.message}"
         return replace(
             failure, failure_class="infrastructure", reason="PeerLost", message=text, fingerprint=""
+        )
+    if error.fingerprint == PREFLIGHT:
+        said = error.message.rpartition("PreflightFailed: ")[2]
+        text = f"{error.pod}: node {error.node} failed the check before training: {said}"
+        return replace(
+            failure, failure_class="infrastructure", reason="PreflightFailed", message=text
         )
     failure = _worded(s, failure, error)
     return _blamed(failure, s.observed.nodes.get(error.node))

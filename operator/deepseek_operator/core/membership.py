@@ -11,7 +11,7 @@ from deepseek_operator.core import elastic, evidence, failures
 from deepseek_operator.core.conditions import condition, holds, with_condition
 from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.lifecycle import finish
-from deepseek_operator.core.model import Membership, Plan, WorkerError
+from deepseek_operator.core.model import Membership, MemberView, Plan, WorkerError
 from deepseek_operator.core.situation import ALIVE, Situation, Slot
 
 SHRUNK = "FewerWorkers"  # reason of Degraded while an elastic training goes on with fewer
@@ -71,6 +71,7 @@ def form(s: Situation) -> Plan | None:
             master_address=members[0].address,
             master_port=members[0].port,
             failure_interval_s=round(failures.failure_interval_s(s), 3),
+            preflight=_preflight(s, members),
         ),
     )
 
@@ -104,6 +105,17 @@ def give_up(s: Situation) -> Plan | None:
     if s.membership or not _runners(s) or _adopting(s):
         return None
     return Plan(end_generation=s.status.generation)
+
+
+def _preflight(s: Situation, members: list[MemberView]) -> bool:
+    """Whether somebody is new: those of an earlier generation were checked when they were.
+
+    A node that is used for want of a better one may well be slow.
+    """
+    tolerated = {record.name for record in s.status.nodes if record.tolerated}
+    if s.spec.recovery.preflight == "off" or tolerated.intersection(m.node for m in members):
+        return False
+    return any(m.generation == 0 for m in members)
 
 
 def _runners(s: Situation) -> list[Slot]:

@@ -161,6 +161,7 @@ class Membership:
     master_address: str
     master_port: int
     failure_interval_s: float = 0.0  # mean time between failures; 0: not known
+    preflight: bool = False  # its ranks check each other first
 
 
 @dataclass(frozen=True, kw_only=True)

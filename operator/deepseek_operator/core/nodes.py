@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from dstrain_api.protocol import HANG
+from dstrain_api.protocol import HANG, PREFLIGHT
 from dstrain_api.status import DeepSeekTrainingStatus, ExcludedNode, NodeRecord
 
 from deepseek_operator.core.clock import rfc3339, seconds
@@ -132,7 +132,7 @@ def _weight(failure: Failure) -> float:
 
     A signal that the program cannot have caused, and one that comes from outside, say nothing.
     """
-    if failure.reason == NODE_FAULT:
+    if failure.reason == NODE_FAULT or failure.fingerprint == PREFLIGHT:
         return AVOIDED_FROM
     if failure.fingerprint == HANG:
         return 1.0

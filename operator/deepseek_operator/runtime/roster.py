@@ -131,6 +131,7 @@ class Roster:
                 master_address=current.master_address,
                 master_port=current.master_port,
                 failure_interval_s=current.failure_interval_s,
+                preflight=current.preflight,
             )
         member = self._member(join, now_s)
         if member.state != "joining" or member.joined_from != join.generation:

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import pytest
 from deepseek_operator.core.model import CommitView
+from dstrain_api.status import NodeRecord
 from plan_case import NOW_S, Case, deleted, made
 
 
@@ -62,3 +64,30 @@ def test_a_scale_up_takes_the_new_ones_in_after_the_next_commit():
     decided = case.plan()
     assert decided.end_generation == 1
     assert decided.status.history[-1].reason == "Scaled"
+
+
+def checked(case):
+    return case.plan().membership.preflight
+
+
+@pytest.mark.parametrize(
+    ("generations", "expected"), [((0, 0), True), ((3, 0), True), ((3, 3), False), ((2, 3), False)]
+)
+def test_nodes_are_checked_when_a_worker_is_new_and_not_when_processes_restart(
+    generations, expected
+):
+    case = Case().joining(0, 1)
+    for slot, generation in enumerate(generations):
+        case.change_member(slot, generation=generation)
+    assert checked(case) == expected
+
+
+def test_the_check_can_be_turned_off():
+    assert not checked(Case(recovery={"preflight": "off"}).joining(0, 1))
+
+
+def test_a_node_that_is_used_for_want_of_a_better_one_is_not_checked_again():
+    case = Case().joining(0, 1)
+    record = NodeRecord(name="n1", reason="PreflightFailed", time="", tolerated=True)
+    case.status = case.status.model_copy(update={"nodes": [record]})
+    assert not checked(case)

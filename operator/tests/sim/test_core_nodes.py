@@ -8,7 +8,7 @@ from deepseek_operator.core.evidence import Failure
 from deepseek_operator.core.model import NodeView, Observed, Taint
 from deepseek_operator.core.nodes import blame
 from deepseek_operator.core.situation import survey
-from dstrain_api.protocol import HANG
+from dstrain_api.protocol import HANG, PREFLIGHT
 from plan_case import NOW_S, SETTINGS, Case, deleted, made
 
 BUDGETS = {
@@ -240,3 +240,27 @@ def test_a_lost_node_may_go_again_when_it_is_ready_and_a_while_has_passed():
     assert training.plan().creates[-1]["metadata"]["annotations"] == {}
     training.nodes["n1"] = replace(training.nodes["n1"], ready=False)
     assert training.plan().creates[-1]["metadata"]["annotations"] != {}
+
+
+FAILED_CHECK = {
+    "exit_code": 1,
+    "fingerprint": PREFLIGHT,
+    "message": "Traceback\ndeepseek_trainer.preflight.check.PreflightFailed: products took 9 ms",
+}
+
+
+def test_a_node_that_fails_the_check_before_training_is_left_at_once():
+    training = crash(case(), **FAILED_CHECK)
+    [entry] = training.status.history
+    assert (entry.failure_class, entry.reason) == ("infrastructure", "PreflightFailed")
+    assert entry.message.endswith(
+        "mini-1-1: node n1 failed the check before training: products took 9 ms"
+    )
+    assert avoided(training) == ["n1"]
+    training.joining(0, 1)
+    assert deleted(training.plan()) == [("mini-1-1", None)]
+
+
+def test_a_failed_check_without_words_is_one_all_the_same():
+    training = crash(case(), **{**FAILED_CHECK, "message": ""})
+    assert avoided(training) == ["n1"]

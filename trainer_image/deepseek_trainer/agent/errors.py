@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dstrain_api.constants import EXIT_RESTART
-from dstrain_api.protocol import ERROR_TEXT_LIMIT, PEER_LOST, ErrorClass, ErrorReport
+from dstrain_api.protocol import (
+    ERROR_TEXT_LIMIT,
+    PEER_LOST,
+    PREFLIGHT,
+    ErrorClass,
+    ErrorReport,
+)
 
 OOM_TEXT = (
     "killed by the kernel, for the pod's memory limit was reached; raise "
@@ -47,6 +53,7 @@ _OUT_OF_MEMORY = re.compile(
     re.DOTALL,
 )
 _NUMERIC = ("NonFiniteGradient", "RollbackFailed")
+_BAD_NODE = "deepseek_trainer.preflight.check.PreflightFailed"
 _UNUSABLE = ("NoUsableCheckpoint",)
 # Before the first step these are the program's own; later a file system may have failed.
 _UNLOADABLE = ("ModuleNotFoundError", "ImportError", "SyntaxError", "IndentationError")
@@ -145,6 +152,8 @@ def _fingerprint(exit_code: int, text: str) -> str:
         return PEER_LOST if _PEER.search(text) else f"exit-{exit_code}"
     traceback = text[start.end() :]
     raised = _EXCEPTION.search(traceback)
+    if raised and raised.group(1) == _BAD_NODE:
+        return PREFLIGHT
     if raised and _PEER.search(traceback[raised.start() :]):
         return PEER_LOST
     frames = _FRAME.findall(traceback)[-FRAMES:]

@@ -41,6 +41,7 @@ from dstrain_api.constants import (
     ENV_POD,
     ENV_POD_IP,
     ENV_POD_UID,
+    ENV_PREFLIGHT,
     ENV_REPORT_SOCKET,
     ENV_SLOT,
     ENV_TRAINING,
@@ -271,6 +272,7 @@ class Handler(RendezvousHandler):
         self._oom_kills = oom_kills()
         os.environ[ENV_GENERATION] = str(assignment.generation)
         os.environ[ENV_FAILURE_INTERVAL] = f"{assignment.failure_interval_s:g}"
+        os.environ[ENV_PREFLIGHT] = str(int(assignment.preflight))
         self._metrics.joined(assignment.generation, assignment.group_rank, seconds)
         log.info(
             "generation %s: worker %s of %s, rank 0 at %s:%s",
