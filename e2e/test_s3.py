@@ -257,7 +257,7 @@ def test_stacks_of_all_pods_are_in_the_bucket(objects: Path) -> None:
     one, other = DumpBucket(uri(objects)), DumpBucket(uri(objects))
     for generation in range(1, 8):
         one.put(generation, "a-0.txt", f"first of {generation}")
-    other.put(7, "b-1.txt", "second")
+    other.put(7, "b-1.txt", b"second")
     other.prune()
     assert sorted(one.texts(7)) == ["first of 7", "second"]
     assert one.texts(2) == []

@@ -166,7 +166,7 @@ def test_the_rank_that_does_not_wait_is_suspected(
 def test_the_stacks_of_the_newest_generations_are_kept(tmp_path: Path) -> None:
     dumps = DumpFolder(tmp_path)
     for generation in range(7, 13):
-        dumps.put(generation, "a-0.txt", f"of {generation}")
+        dumps.put(generation, "a-0.txt", f"of {generation}".encode())
     dumps.prune()
     kept = sorted(int(path.name) for path in Path(dumps.place(7)).parent.iterdir())
     assert kept == [8, 9, 10, 11, 12]

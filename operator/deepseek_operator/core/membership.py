@@ -113,7 +113,7 @@ def _preflight(s: Situation, members: list[MemberView]) -> bool:
     A node that is used for want of a better one may well be slow.
     """
     tolerated = {record.name for record in s.status.nodes if record.tolerated}
-    if s.spec.recovery.preflight == "off" or tolerated.intersection(m.node for m in members):
+    if s.spec.recovery.preflight == "never" or tolerated.intersection(m.node for m in members):
         return False
     return any(m.generation == 0 for m in members)
 

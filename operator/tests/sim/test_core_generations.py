@@ -83,7 +83,7 @@ def test_nodes_are_checked_when_a_worker_is_new_and_not_when_processes_restart(
 
 
 def test_the_check_can_be_turned_off():
-    assert not checked(Case(recovery={"preflight": "off"}).joining(0, 1))
+    assert not checked(Case(recovery={"preflight": "never"}).joining(0, 1))
 
 
 def test_a_node_that_is_used_for_want_of_a_better_one_is_not_checked_again():

@@ -1,5 +1,5 @@
 """Where the agents put the stacks of their ranks, so that each can judge by all of them: beside the
-checkpoints, as `stacks/<generation>/<pod>-<rank>.txt`.
+checkpoints, as `stacks/<generation>/<pod>-<rank>.txt`; and what else they know of a hang.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ PATIENCE_S = 5.0  # ranks that hang are not kept waiting for a bucket that is aw
 
 
 class Dumps(Protocol):
-    """Texts by generation. Every method may raise OSError."""
+    """Files by generation. Every method may raise OSError."""
 
     def place(self, generation: int) -> str:
         """Where a person finds them."""
 
-    def put(self, generation: int, name: str, text: str) -> None:
+    def put(self, generation: int, name: str, content: bytes) -> None:
         """Let all agents find this one."""
 
     def texts(self, generation: int) -> list[str]:
-        """What all agents have put there so far."""
+        """The stacks that all agents have put there so far."""
 
     def prune(self) -> None:
         """Keep the newest generations'."""
@@ -41,16 +41,16 @@ class DumpFolder:
         """The folder of a generation."""
         return str(self._root / str(generation))
 
-    def put(self, generation: int, name: str, text: str) -> None:
+    def put(self, generation: int, name: str, content: bytes) -> None:
         """Appears by rename."""
         folder = self._root / str(generation)
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f"{name}.tmp"
-        draft.write_text(text)
+        draft.write_bytes(content)
         draft.rename(folder / name)
 
     def texts(self, generation: int) -> list[str]:
-        """What all agents have put there so far."""
+        """The stacks that all agents have put there so far."""
         found = (self._root / str(generation)).glob("*.txt")
         return [path.read_text(errors="replace") for path in found]
 
@@ -71,13 +71,14 @@ class DumpBucket:
         """The URI of a generation's."""
         return f"{self._bucket.uri}/{FOLDER}/{generation}"
 
-    def put(self, generation: int, name: str, text: str) -> None:
+    def put(self, generation: int, name: str, content: bytes) -> None:
         """One object each."""
-        self._bucket.put(f"{FOLDER}/{generation}/{name}", text.encode())
+        self._bucket.put(f"{FOLDER}/{generation}/{name}", content)
 
     def texts(self, generation: int) -> list[str]:
-        """What all agents have put there so far."""
-        names = [name for name, _ in self._bucket.below(f"{FOLDER}/{generation}")]
+        """The stacks that all agents have put there so far."""
+        found = self._bucket.below(f"{FOLDER}/{generation}")
+        names = [name for name, _ in found if name.endswith(".txt")]
         return [self._bucket.get(name).content.decode(errors="replace") for name in names]
 
     def prune(self) -> None:

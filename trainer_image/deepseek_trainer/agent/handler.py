@@ -58,6 +58,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.run import determine_local_world_size, parse_args
 
+from deepseek_trainer.agent import flight
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced
 from deepseek_trainer.agent.dumps import DumpBucket, DumpFolder, Dumps
 from deepseek_trainer.agent.errors import WorkerFailure, report_of
@@ -144,6 +145,7 @@ class Handler(RendezvousHandler):
         if os.environ.get(ENV_CHECKPOINT_URI):
             os.environ[ENV_CHECKPOINT_DIR] = str(agent_home() / "checkpoints")
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
+        os.environ.update(flight.environment(agent_home()))
         self._handle_sigterm()
         watch_workers(self)
         HangWatch(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dstrain_api.protocol import ERROR_TEXT_LIMIT, HANG, ErrorReport
 
-from deepseek_trainer.agent import stacks
+from deepseek_trainer.agent import flight, stacks
 from deepseek_trainer.agent.dumps import Dumps
 from deepseek_trainer.agent.membership import Membership
 from deepseek_trainer.agent.stacks import Dump
@@ -73,12 +73,15 @@ class HangWatch:
             "no progress for %.0f s: looking where the processes stand", standing[0].seconds
         )
         first = place.group_rank * self.membership.identity.processes
+        asked_s = time.monotonic()
+        recording = [r for r in (first + local for local in processes) if self._asked(r)]
         own = [
             stacks.take(first + local, process.pid, self.own_folder / f"stacks-{local}")
             for local, process in sorted(processes.items())
         ]
         world = place.group_world_size * self.membership.identity.processes
         dumps = self._with_peers(own, place.generation, standing, world)
+        self._collect(recording, place.generation, deadline_s=asked_s + flight.WRITTEN_S)
         cause = [dump for dump in stacks.suspects(dumps, world=world) if dump in own]
         if not cause and self.membership.wait_over(PATIENCE_S):
             return
@@ -88,6 +91,23 @@ class HangWatch:
                 if process.poll() is None:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
+
+    def _asked(self, rank: int) -> bool:
+        try:
+            return flight.ask(self.own_folder, rank)
+        except OSError as error:
+            log.warning("rank %s is not asked for its collectives: %s", rank, error)
+            return False
+
+    def _collect(self, ranks: list[int], generation: int, *, deadline_s: float) -> None:
+        for rank in ranks:
+            try:
+                if record := flight.record(self.own_folder, rank, deadline_s=deadline_s):
+                    self.kept.put(generation, f"{flight.NAME}{rank}", record)
+                else:
+                    log.warning("rank %s does not tell its last collectives", rank)
+            except OSError as error:
+                log.warning("the collectives of rank %s cannot be kept: %s", rank, error)
 
     def _with_peers(
         self, own: list[Dump], generation: int, standing: list[Standstill], world: int
@@ -103,7 +123,7 @@ class HangWatch:
         try:
             for dump in own:
                 name = f"{identity.pod}-{dump.rank}.txt"
-                self.kept.put(generation, name, stacks.written(dump, head))
+                self.kept.put(generation, name, stacks.written(dump, head).encode())
             self.kept.prune()
             while (
                 len(dumps := stacks.read(self.kept.texts(generation))) < world
