@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from deepseek_trainer.preflight import judge
 from deepseek_trainer.preflight.judge import Pairs, Result
-from deepseek_trainer.preflight.measure import measure
+from deepseek_trainer.preflight.measure import FIRST_TRIES, SECOND_TRIES, measure
 
 _log = logging.getLogger(__name__)
 LIMIT_S: Final = 30.0  # for one rank's part of a round, which takes a fraction of a second
@@ -81,7 +81,7 @@ class _Talk:
 def _rounds(talk: _Talk, device: torch.device) -> Said:
     """Both rounds; the bad ranks."""
     began_s = time.monotonic()
-    _measure(talk, device, "first", judge.first_pairs(talk.world))
+    _measure(talk, device, "first", judge.first_pairs(talk.world), FIRST_TRIES)
     usual: dict[int, Result] = {}
     if talk.rank == 0:
         usual, silent = _results(talk, "first", range(talk.world))
@@ -92,7 +92,7 @@ def _rounds(talk: _Talk, device: torch.device) -> Said:
         bad = silent
     else:
         if talk.rank in suspects or talk.rank in pairs:
-            _measure(talk, device, "second", pairs)
+            _measure(talk, device, "second", pairs, SECOND_TRIES)
         if talk.rank == 0:
             again, silent = _results(talk, "second", suspects)
             talk.say("bad", {**judge.suspects(again, usual), **silent})
@@ -105,9 +105,9 @@ def _rounds(talk: _Talk, device: torch.device) -> Said:
     return bad
 
 
-def _measure(talk: _Talk, device: torch.device, name: str, pairs: Pairs) -> None:
+def _measure(talk: _Talk, device: torch.device, name: str, pairs: Pairs, tries: int) -> None:
     with _watched():
-        result = measure(device, os.environ.get(ENV_NODE, ""), pairs.get(talk.rank))
+        result = measure(device, os.environ.get(ENV_NODE, ""), pairs.get(talk.rank), tries)
     talk.say(f"{name}/{talk.rank}", result.model_dump())
 
 
