@@ -256,7 +256,7 @@ def test_errors_say_what_to_change(server: S3Server, monkeypatch: pytest.MonkeyP
 def test_stacks_of_all_pods_are_in_the_bucket(objects: Path) -> None:
     one, other = DumpBucket(uri(objects)), DumpBucket(uri(objects))
     for generation in range(1, 8):
-        one.put(generation, "a-0.txt", f"first of {generation}")
+        one.put(generation, "a-0.txt", f"first of {generation}".encode())
     other.put(7, "b-1.txt", b"second")
     other.prune()
     assert sorted(one.texts(7)) == ["first of 7", "second"]
