@@ -16,6 +16,7 @@ from deepseek_operator.core.model import Membership as Formed
 from deepseek_operator.runtime.coordinator import Coordinator
 from deepseek_operator.server import ServerThread, make_app
 from deepseek_trainer.agent.client import CoordinatorClient, Fenced, Unreachable
+from deepseek_trainer.agent.hang import ended_by_another
 from deepseek_trainer.agent.membership import Identity, Membership
 from deepseek_trainer.agent.reports import Forwarder, ReportSocket, WorkerReport
 from deepseek_trainer.reporting import report, report_done
@@ -152,6 +153,27 @@ def test_a_generation_that_was_ended_is_over_until_the_next_join(
     until(lambda: pod.membership.over)
     running(pod, operator, generation=2)
     assert not pod.membership.over
+
+
+def test_nobody_is_blamed_for_a_hang_before_the_operator_can_see_who_is_gone(
+    pod: Pod, operator: Operator
+) -> None:
+    running(pod, operator)
+    assert not ended_by_another(pod.membership, patience_s=0.2), "it sees everybody"
+    operator.down()
+    until(lambda: pod.membership.in_touch_s == 0)
+    answers: list[bool] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(ended_by_another(pod.membership, patience_s=2.0))
+    )
+    asking.start()
+    asking.join(3.0)  # more than its patience
+    assert asking.is_alive()
+    operator.up(generation=1)
+    until(lambda: operator.coordinator.snapshot(UID).membership)
+    operator.coordinator.end(UID, 1)
+    asking.join(PATIENCE_S)
+    assert answers == [True]
 
 
 def test_an_order_to_stop_is_told_once(pod: Pod, operator: Operator) -> None:

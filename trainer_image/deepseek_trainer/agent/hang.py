@@ -83,7 +83,7 @@ class HangWatch:
         dumps = self._with_peers(own, place.generation, standing, world)
         self._collect(recording, place.generation, deadline_s=asked_s + flight.WRITTEN_S)
         cause = [dump for dump in stacks.suspects(dumps, world=world) if dump in own]
-        if not cause and self.membership.wait_over(PATIENCE_S):
+        if not cause and ended_by_another(self.membership):
             return
         if self.membership.place.generation == place.generation:
             self.found(self._report(standing, cause or own, place.generation, known=bool(cause)))
@@ -158,3 +158,15 @@ class HangWatch:
             step=said.step,
             stacks=self.kept.place(generation),
         )
+
+
+def ended_by_another(membership: Membership, patience_s: float = PATIENCE_S) -> bool:
+    """Whether the agent of the rank that is the cause, or the coordinator, ends the generation.
+
+    The coordinator may have been lost together with a peer that all wait for: before anybody else
+    is blamed, it, or whoever takes its place, has been in touch for as long as it needs to see that.
+    """
+    while not membership.wait_over(patience_s):
+        if membership.in_touch_s >= patience_s:
+            return False
+    return True

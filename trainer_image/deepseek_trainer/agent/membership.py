@@ -91,6 +91,7 @@ class Membership:
         self._left = False
         self._urgent = False
         self._told_to_stop = False
+        self._in_touch_since_s: float | None = None
         self.fenced = False  # the coordinator refuses this pod for good
 
     @property
@@ -112,6 +113,12 @@ class Membership:
     def over(self) -> bool:
         """Whether the coordinator has ended the generation that this pod is in."""
         return self._is_over
+
+    @property
+    def in_touch_s(self) -> float:
+        """Seconds for which the coordinator has answered every beat; 0 while it does not."""
+        since_s = self._in_touch_since_s
+        return time.monotonic() - since_s if since_s is not None else 0.0
 
     def join(self, port: int) -> Assignment:
         """Block until this pod has a place in the next generation, for as long as that takes.
@@ -219,7 +226,9 @@ class Membership:
             self._soon.clear()
             try:
                 self._beat_once(client)
+                self._in_touch_since_s = self._in_touch_since_s or time.monotonic()
             except Unreachable as error:
+                self._in_touch_since_s = None
                 log.debug("beat: %s", error)
             except Fenced as error:
                 self.fenced = True
