@@ -6,6 +6,7 @@ runs. Their times are in the report of the run.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from e2e import install
 from e2e.clusters.interface import Cluster
+from e2e.clusters.shell import wait_until
 from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import Injection, injected
 from e2e.faults.plan import Fault, Kind, Moment
@@ -178,6 +180,42 @@ def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
     for node in away:
         subject.cluster.power_on(node)
         _ready(subject.cluster, node)
+
+
+def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> None:
+    node, name = subject.stage.node_of(1), subject.stage.pod(1)
+    fault = Fault(at=Moment(seconds=0), kind="delete-pod", slot=1)
+    injection = Injection(fault, time.monotonic(), subject.generation)
+    _say_of(subject.cluster, node, "GpuUnhealthy", "True", "XID 79: the GPU has fallen off the bus")
+    subject.recovered("node condition GpuUnhealthy", injection)
+    assert (subject.last["reason"], subject.last["node"]) == ("NodeFault", node)
+    assert name not in {p["metadata"]["name"] for p in subject.training.live_pods()}
+    assert node in {n["name"] for n in subject.now.status["excludedNodes"]}
+    _say_of(subject.cluster, node, "GpuUnhealthy", "False", "")
+
+
+def test_the_node_of_the_operator_is_lost_and_another_replica_goes_on(subject: Subject) -> None:
+    node = subject.operator.pod()["spec"]["nodeName"]
+    off_at_s = time.monotonic()
+    subject.cluster.power_off(node)
+    wait_until(
+        lambda: subject.operator.pod()["spec"]["nodeName"] != node,
+        "the other replica to lead",
+        timeout_s=60,
+    )
+    subject.report.time("recovery: the operator's node, another leads", time.monotonic() - off_at_s)
+    subject.cluster.power_on(node)
+    _ready(subject.cluster, node)
+    subject.training.wait("all workers", lambda s: s.status["phase"] == "Running", PATIENCE_S)
+    subject.steps_on()
+    subject.suffer("kill-process", 0)
+
+
+def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) -> None:
+    """Set a condition of a node, as a health check does."""
+    condition = {"type": kind, "status": value, "reason": "Test", "message": message}
+    patch = json.dumps({"status": {"conditions": [condition]}})
+    cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch)
 
 
 def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
