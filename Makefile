@@ -42,7 +42,7 @@ cluster-down: .venv/installed-dev  ## stop and remove it
 	$(BIN)/python -m e2e.clusters down --name $(CLUSTER)
 
 e2e: .venv/installed-dev  ## the suites on a real cluster with the real images and chart
-	$(BIN)/python -m pytest e2e --ignore=e2e/tests --timeout=1500
+	$(BIN)/python -m pytest e2e --ignore=e2e/tests --timeout=1500 --durations=25
 
 soak: .venv/installed-dev  ## half an hour of random faults on a cluster of its own, beside the undisturbed run
 	$(BIN)/python -m e2e.soak

@@ -7,13 +7,14 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from e2e import install
+from e2e import install, soak
 from e2e.clusters.interface import Cluster
 from e2e.clusters.providers import choose
 from e2e.report import Report
@@ -62,6 +63,22 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training of one worker that nothing has happened to: what others are held against."""
+
+    steps: int
+    loss: float
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> Undisturbed:
+    """The training of `e2e.soak`, for about five minutes of a cluster on two cores."""
+    steps = 700
+    loss, _ = soak.undisturbed(soak.manifest("undisturbed", steps, workers={"replicas": 1}))
+    return Undisturbed(steps, loss)
 
 
 MakeTraining = Callable[..., Training]

@@ -8,6 +8,7 @@ import pytest
 
 from e2e import install, soak
 from e2e.clusters.interface import Cluster
+from e2e.conftest import Undisturbed
 from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import injected
 from e2e.faults.plan import Fault, Moment
@@ -15,17 +16,19 @@ from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
 from e2e.training import Training
 
-STEPS = 500
 ELASTIC = {"minReplicas": 1, "maxReplicas": 4, "scaleUpSnooze": "1s"}
 WORKERS = {"replicas": 4, "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}}}
 PATIENCE_S = 180.0
 
 
 def test_the_size_of_the_gang_does_not_change_the_loss(
-    cluster: Cluster, operator: install.Release, namespace: str, report: Report
+    cluster: Cluster,
+    operator: install.Release,
+    namespace: str,
+    undisturbed: Undisturbed,
+    report: Report,
 ) -> None:
-    loss, _ = soak.undisturbed(soak.manifest("one", STEPS, workers={"replicas": 1}))
-    manifest = soak.manifest("elastic", STEPS, workers=WORKERS, elastic=ELASTIC)
+    manifest = soak.manifest("elastic", undisturbed.steps, workers=WORKERS, elastic=ELASTIC)
     training = Training(cluster, manifest, namespace)
     stage = ClusterStage(cluster, training, operator)
     training.apply()
@@ -49,7 +52,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
     cluster.power_on(node)
     finished = training.wait_complete(300)
     training.close()
-    assert finished.status["progress"]["loss"] == pytest.approx(loss, abs=1e-3)
+    assert finished.status["progress"]["loss"] == pytest.approx(undisturbed.loss, abs=1e-3)
 
 
 def _size(status: dict[str, object]) -> int:

@@ -106,6 +106,7 @@ def test_join_waits_and_is_answered_when_its_generation_is_published(served: Ser
         "masterAddress": "10.0.0.1",
         "masterPort": 29500,
         "failureIntervalS": 0.0,
+        "preflight": False,
     }
 
 

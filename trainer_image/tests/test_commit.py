@@ -274,7 +274,7 @@ def test_what_is_not_finite_is_left_out(
     monkeypatch.setenv("RANK", "0")
     reporting.report(step=12, loss=math.nan, metrics={"dstrain_grad_norm": math.inf})
     record = json.loads(agent.recv(65_536))
-    assert record["progress"] == {"step": 12}
+    assert record["progress"] == {"step": 12, "stragglers": []}
     assert record["metrics"] == {}
 
 
