@@ -159,9 +159,7 @@ def plan(options: Options) -> FaultPlan:
     )
 
 
-def soak(
-    training: Training, operator: install.Release, faults: FaultPlan, loss: float
-) -> Result:
+def soak(training: Training, operator: install.Release, faults: FaultPlan, loss: float) -> Result:
     """Train under a plan's faults to the end."""
     began_s = time.monotonic()
     training.apply()

@@ -163,8 +163,8 @@ class HangWatch:
 def ended_by_another(membership: Membership, patience_s: float = PATIENCE_S) -> bool:
     """Whether the agent of the rank that is the cause, or the coordinator, ends the generation.
 
-    The coordinator may have been lost together with a peer that all wait for: before anybody else
-    is blamed, it, or whoever takes its place, has been in touch for as long as it needs to see that.
+    The coordinator may have been lost together with a peer that all wait for: nobody else is
+    blamed before it, or whoever takes its place, has had the time to see that.
     """
     while not membership.wait_over(patience_s):
         if membership.in_touch_s >= patience_s:
