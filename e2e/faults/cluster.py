@@ -11,14 +11,14 @@ from typing import Any
 
 from e2e import install
 from e2e.clusters.interface import Cluster
-from e2e.faults.drive import Version
+from e2e.faults.drive import RealTime, Version
 from e2e.faults.plan import Fault
 from e2e.faults.processes import ranks
 from e2e.training import Training
 
 
 @dataclass(frozen=True)
-class ClusterStage:
+class ClusterStage(RealTime):
     """One training on a cluster, disturbed from outside of everything that it consists of."""
 
     cluster: Cluster

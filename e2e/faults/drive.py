@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ Status = dict[str, Any]
 
 @dataclass(frozen=True)
 class Version:
-    """The training's status as it was seen at `at_s` of this machine's monotonic clock."""
+    """The training's status as it was seen at `at_s` of its stage's clock."""
 
     at_s: float
     status: Status
@@ -33,17 +32,33 @@ class Injection:
 class Stage(Protocol):
     """Where a training runs and can be disturbed."""
 
+    def now_s(self) -> float:
+        """Its clock."""
+
+    def wait(self) -> None:
+        """Let a little time pass."""
+
     def versions(self) -> list[Version]:
         """Every status seen so far, oldest first."""
 
     def inject(self, fault: Fault) -> float:
-        """Do it; the monotonic time at which it happened."""
+        """Do it; when it happened."""
 
     def repair(self, fault: Fault, node: str) -> None:
         """End a fault that lasts."""
 
     def node_of(self, slot: int) -> str:
         """Node of the living pod in a slot; empty if there is none now."""
+
+
+class RealTime:
+    """For a stage whose training runs by itself: this machine's monotonic clock."""
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wait(self) -> None:
+        time.sleep(POLL_S)
 
 
 def injected(stage: Stage, fault: Fault) -> Injection:
@@ -62,34 +77,41 @@ def drive(plan: FaultPlan, stage: Stage) -> list[Injection]:
     them before this returns.
     """
     done: list[Injection] = []
-    repairs: list[threading.Timer] = []
+    repairs: list[tuple[float, Fault, str]] = []
     began_s: float | None = None
     try:
         for fault in plan.faults:
-            while not _due(fault.at, stage.versions(), began_s) or not stage.node_of(fault.slot):
+            while not _due(fault.at, stage, began_s) or not stage.node_of(fault.slot):
                 if _finished(stage.versions()):
                     return done
                 if began_s is None and _running(stage.versions()):
-                    began_s = time.monotonic()
-                time.sleep(POLL_S)
+                    began_s = stage.now_s()
+                _repair(stage, repairs)
+                stage.wait()
             node = stage.node_of(fault.slot)
             done.append(injected(stage, fault))
             if fault.kind in LASTING:
-                repair = threading.Timer(fault.lasts_seconds, stage.repair, (fault, node))
-                repair.start()
-                repairs.append(repair)
+                repairs.append((done[-1].at_s + fault.lasts_seconds, fault, node))
     finally:
-        for repair in repairs:
-            repair.join()
+        while repairs:
+            stage.wait()
+            _repair(stage, repairs)
     return done
 
 
-def _due(at: Moment, versions: list[Version], began_s: float | None) -> bool:
+def _repair(stage: Stage, repairs: list[tuple[float, Fault, str]]) -> None:
+    """What has lasted for long enough."""
+    for due in [r for r in repairs if r[0] <= stage.now_s()]:
+        stage.repair(*due[1:])
+        repairs.remove(due)
+
+
+def _due(at: Moment, stage: Stage, began_s: float | None) -> bool:
     if began_s is None:
         return False
     if at.seconds is not None:
-        return time.monotonic() >= began_s + at.seconds
-    status = versions[-1].status
+        return stage.now_s() >= began_s + at.seconds
+    status = stage.versions()[-1].status
     if at.step is not None:
         return int(status.get("progress", {}).get("step", 0)) >= at.step
     return any(entry["reason"] == at.event for entry in status.get("history", []))

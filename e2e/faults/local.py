@@ -20,12 +20,12 @@ from dstrain.local.folder import RunFolder
 from dstrain.local.run import NAMESPACE, LocalRun
 from dstrain.local.terminal import Terminal
 
-from e2e.faults.drive import Version
+from e2e.faults.drive import RealTime, Version
 from e2e.faults.plan import Fault
 from e2e.faults.processes import ranks
 
 
-class LocalStage:
+class LocalStage(RealTime):
     """One `dstrain run` on its own thread, with several names of nodes."""
 
     def __init__(self, training: dict[str, Any], folder: Path, *, nodes: int) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from e2e.faults.drive import Injection, Version, drive
+from e2e.faults.drive import Injection, RealTime, Version, drive
 from e2e.faults.plan import Fault, FaultPlan, Moment, random_plan
 from e2e.faults.recoveries import histogram, percentile, recovery_s
 
 
-class Recorded:
+class Recorded(RealTime):
     """A stage whose training makes a step every time somebody looks."""
 
     def __init__(self, steps: int) -> None:

@@ -7,7 +7,7 @@ table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -30,7 +30,7 @@ from deepseek_operator.core.model import (
 
 NODE_LOST = "NodeLost"
 
-# A listener that hears nobody at all is more likely deaf than alone: wait this much longer.
+# A listener that hears none of several nodes is more likely deaf than alone: wait this much longer.
 DEAF_FACTOR = 6.0
 
 # A node under load is late with its beats. One that is silent for twice as long as it lately was
@@ -111,9 +111,17 @@ class Situation:
 
     @cached_property
     def told(self) -> frozenset[str]:
-        """Names of failed pods that the history tells of."""
+        """Names of failed pods that the history tells of.
+
+        An entry may also name a pod that lived on when a process of it had failed: only the end of
+        a pod raises the attempt.
+        """
+        history = self.status.history
+        attempts = [*(h.attempt for h in history[1:]), self.status.attempt]
         return frozenset(
-            h.pod for h in self.status.history if h.pod and h.failure_class != "voluntary"
+            h.pod
+            for h, next_attempt in zip(history, attempts, strict=False)
+            if h.pod and h.failure_class != "voluntary" and h.attempt < next_attempt
         )
 
     @cached_property
@@ -201,7 +209,10 @@ class Reach:
         self.members = {m.pod_uid: m for m in observed.gathering.members}
         self._condemned = {h.pod for h in status.history if h.reason == NODE_LOST}
         heard_of = [m for p in own if not p.finished and (m := self.members.get(p.uid)) is not None]
-        self._deaf = len(heard_of) > 1 and all(m.silent_s > timeout_s for m in heard_of)
+        several = len({m.node for m in heard_of}) > 1
+        self._deaf = several and all(m.silent_s > timeout_s for m in heard_of)
+        before = [p for p in own if p.created_at_s < now_s - self._listening_s]
+        self._unheard = _unheard(status, before, self.members)
 
     def lost(self, pod: PodView) -> bool:
         """Whether to take the pod for dead although the cluster still shows it."""
@@ -212,6 +223,8 @@ class Reach:
             return self._silent_s(pod) > self._timeout_s
         if pod.deleting:  # its kubelet is there and ends it
             return False
+        if pod.uid in self._unheard:
+            return self._silent_s(pod) > self._timeout_s * GAPS_MISSED
         if member is None:
             return pod.name in self._condemned  # decided before, and not finished
         return member.state != "done" and member.silent_s > self._patience_s(member)
@@ -223,6 +236,8 @@ class Reach:
             return None
         if self._down(pod):
             return max(LOOK_AGAIN_S, self._timeout_s - self._silent_s(pod))
+        if pod.uid in self._unheard:
+            return max(LOOK_AGAIN_S, self._timeout_s * GAPS_MISSED - self._silent_s(pod))
         if member is None or pod.deleting or member.state == "done":
             return None
         if member.silent_s <= self._timeout_s:  # the coordinator tells when that is over
@@ -245,6 +260,23 @@ class Reach:
         if member:
             return member.silent_s
         return min(self._listening_s, self._now_s - pod.created_at_s)
+
+
+def _unheard(
+    status: DeepSeekTrainingStatus, before: Iterable[PodView], members: Mapping[str, MemberView]
+) -> frozenset[str]:
+    """Members of the generation that fell silent before this coordinator began to listen.
+
+    The others say how many they are. If there were just as many pods by then, none of these is
+    still to come; nor is one while no failure of the generation is known, for that makes new ones.
+    """
+    if any(entry.generation == status.generation for entry in status.history):
+        return frozenset()
+    pods = [p for p in before if not p.finished and not p.deleting]
+    heard = [m for p in pods if (m := members.get(p.uid)) and m.generation == status.generation]
+    unheard = frozenset(p.uid for p in pods if p.uid not in members)
+    world = max((m.group_world_size for m in heard), default=0)
+    return unheard if len(heard) + len(unheard) == world else frozenset()
 
 
 def _slot(index: int, pods: list[PodView], s: Situation, reach: Reach, foreign: set[str]) -> Slot:

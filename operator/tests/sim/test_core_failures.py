@@ -94,6 +94,36 @@ def test_when_everybody_is_silent_the_listener_is_doubted_first():
     assert case.silent(0, 31).silent(1, 31).plan().fence
 
 
+def test_a_whole_gang_on_one_node_that_is_silent_is_lost_with_it():
+    case = Case().running(0, 1).change_pod(1, node="n0").change_member(1, node="n0")
+    assert len(case.silent(0, 6).silent(1, 6).plan().fence) == 2
+
+
+def test_a_member_that_fell_silent_before_the_operator_began_to_listen_is_lost():
+    case = Case().running(0, 1).knows(membership=None, listening_s=9.0)
+    del case.members["u1-1"]
+    decided = case.plan()
+    assert not decided.fence
+    assert decided.requeue_after_s == pytest.approx(1.0)
+    assert case.knows(listening_s=11.0).plan().fence == ("u1-1",)
+
+
+def test_a_pod_that_is_newer_than_the_operator_is_still_to_come():
+    case = Case().running(0, 1).knows(membership=None, listening_s=40.0)
+    del case.members["u1-1"]
+    assert case.plan().fence
+    assert not case.change_pod(1, created_at_s=case.now_s - 39).plan().fence
+
+
+def test_a_node_lost_under_a_pod_that_had_a_failed_process_before_is_news():
+    case = Case(replicas=3).running(0, 1, 2).error(1, -9, ago_s=1).written()
+    case.running(0, 1, 2, generation=2).knows(errors=()).silent(2).written()
+    case.started(2, attempt=2).running(0, 1, generation=3)
+    case.joining(2, attempt=2).change_member(2, state="running", generation=3)
+    lost = case.silent(1).plan().status.history[-1]
+    assert (lost.reason, lost.pod, lost.generation) == ("NodeLost", "mini-1-1", 3)
+
+
 @pytest.mark.parametrize("attempt", [0, 4])
 def test_pods_of_a_deleted_training_of_the_same_name_do_not_take_the_names(attempt):
     case = Case(replicas=1).started(0, attempt=4)
