@@ -6,7 +6,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -48,16 +48,24 @@ def start(
 
 
 def answers(started: Started) -> list[Any]:
-    """What the function returned on every rank; fails with the traceback of a rank."""
+    """What the function returned on every rank; fails with the traceback of the first rank that
+    fails, and ends the others, which may wait for it for ever.
+    """
+    ranks = {connection: rank for rank, (_, connection) in enumerate(started)}
+    found: dict[int, Any] = {}
     try:
-        received = [pickle.loads(connection.recv_bytes()) for _, connection in started]
-    finally:
+        while len(found) < len(ranks):
+            for connection in wait([c for c, rank in ranks.items() if rank not in found]):
+                assert isinstance(connection, Connection)
+                good, answer = pickle.loads(connection.recv_bytes())
+                assert good, f"rank {ranks[connection]}:\n{answer}"
+                found[ranks[connection]] = answer
         for process, _ in started:
             process.join(10)
+    finally:
+        for process, _ in started:
             process.kill()
-    for rank, (good, answer) in enumerate(received):
-        assert good, f"rank {rank}:\n{answer}"
-    return [answer for _, answer in received]
+    return [found[rank] for rank in sorted(found)]
 
 
 def launch(
