@@ -5,7 +5,6 @@ The server runs alone (e2e/apiserver.py), so these tests need neither root nor a
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from crds.tests.cases import CASES, by_name, patched
 from e2e.apiserver import ApiServer, api_server
 from e2e.clusters import programs
 from e2e.clusters.shell import ClusterError, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD = ROOT / "crds" / "deepseektrainings.yaml"
-CASES = yaml.safe_load((ROOT / "crds" / "tests" / "cases.yaml").read_text())
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
@@ -43,19 +41,6 @@ def _explains(server: ApiServer) -> bool:
         return False
 
 
-def patched(base: Any, change: Any) -> Any:
-    """`base` with a merge patch laid over it."""
-    if not isinstance(change, dict):
-        return change
-    result = copy.deepcopy(base) if isinstance(base, dict) else {}
-    for key, value in change.items():
-        if value is None:
-            result.pop(key, None)
-        else:
-            result[key] = patched(result.get(key), value)
-    return result
-
-
 def manifest(change: dict[str, Any], name: str = "case") -> str:
     return json.dumps(
         {
@@ -65,10 +50,6 @@ def manifest(change: dict[str, Any], name: str = "case") -> str:
             "spec": patched(CASES["base"], change),
         }
     )
-
-
-def by_name(kind: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c["name"]) for c in CASES[kind]])
 
 
 @by_name("good")

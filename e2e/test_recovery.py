@@ -66,10 +66,14 @@ class Subject:
         leader = self.operator.pod()["spec"]["nodeName"]
         return next(n for n in range(WORKERS) if self.stage.node_of(n) not in ("", leader))
 
-    def suffer(self, kind: Kind, slot: int) -> float:
+    def python(self, slot: int, program: str) -> str:
+        """What a program says that runs in the slot's pod."""
+        return self.training.kubectl("exec", self.stage.pod(slot), "--", "python3", "-c", program)
+
+    def suffer(self, kind: Kind, slot: int, name: str = "") -> float:
         """Inject a fault and wait for the first new step after it; the seconds between."""
         fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
-        return self.recovered(kind, injected(self.stage, fault))
+        return self.recovered(name or kind, injected(self.stage, fault))
 
     def recovered(self, name: str, injection: Injection) -> float:
         def holds(_: Seen) -> bool:
@@ -120,6 +124,37 @@ def test_a_deleted_pod_is_replaced_and_costs_no_budget(subject: Subject) -> None
     subject.suffer("delete-pod", 2)
     assert subject.last["failureClass"] == "voluntary"
     assert subject.now.status.get("failures") == budgets
+
+
+DAMAGE = """
+import os, pathlib
+folder = pathlib.Path(os.environ["DSTRAIN_CHECKPOINT_DIR"])
+step = (folder / "LATEST").read_text().strip()
+shard = max((folder / step).glob("*.distcp"), key=lambda p: p.stat().st_size)
+with shard.open("r+b") as file:
+    file.seek(shard.stat().st_size // 2)
+    byte = file.read(1)[0]
+    file.seek(-1, os.SEEK_CUR)
+    file.write(bytes([byte ^ 1]))
+print(step.removeprefix("step-"))
+"""
+QUARANTINED = """
+import os, pathlib
+print(*(p.name for p in pathlib.Path(os.environ["DSTRAIN_CHECKPOINT_DIR"]).glob("*.bad-*")))
+"""
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_put_aside_and_the_one_before_is_used(
+    subject: Subject,
+) -> None:
+    known = subject.now.status["checkpoint"]["step"]
+    subject.training.wait(
+        "a commit", lambda s: bool(s.status["checkpoint"]["step"] > known), PATIENCE_S
+    )
+    damaged = int(subject.python(0, DAMAGE))
+    subject.suffer("kill-pod", 1, "kill-pod, newest checkpoint damaged")
+    assert 0 < subject.last["resumedStep"] < damaged
+    assert f"step-{damaged}.bad-1" in subject.python(0, QUARANTINED)
 
 
 def test_a_frozen_process_is_named_and_its_stack_kept(subject: Subject) -> None:

@@ -1,31 +1,15 @@
 """The rules of a spec as Python reads them; e2e/test_api.py asks an API server the same."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from dstrain_api.model import PRESETS
 from dstrain_api.rules import RULES, InvalidSpec, Rule, allowed_replicas, validate, validate_name
 from dstrain_api.spec import DeepSeekTrainingSpec
 from dstrain_api.terms import Values
 from pydantic import ValidationError
 
-CASES = yaml.safe_load((Path(__file__).parent / "cases.yaml").read_text())
-
-
-def patched(base: Any, change: Any) -> Any:
-    """`base` with a merge patch laid over it."""
-    if not isinstance(change, dict):
-        return change
-    result = copy.deepcopy(base) if isinstance(base, dict) else {}
-    for key, value in change.items():
-        if value is None:
-            result.pop(key, None)
-        else:
-            result[key] = patched(result.get(key), value)
-    return result
+from .cases import CASES, by_name, patched
 
 
 def well_typed(spec: dict[str, Any]) -> bool:
@@ -34,10 +18,6 @@ def well_typed(spec: dict[str, Any]) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def by_name(kind: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c["name"]) for c in CASES[kind]])
 
 
 @by_name("good")

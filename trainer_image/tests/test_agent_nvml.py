@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from .driver import built
 
 # Two GPUs; the second has no power sensor and no XID events. One XID 79 comes on the first.
 DRIVER = r"""
@@ -81,16 +82,7 @@ def gpu_samples(exposition: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the driver library with")
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "nvml.c").write_text(DRIVER)
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "nvml.c"],
-        check=True,
-    )
-    return folder
+    return built(tmp_path_factory.mktemp("driver"), DRIVER)
 
 
 def test_every_gpu_tells_its_figures_in_base_units(driver: Path) -> None:

@@ -5,12 +5,13 @@ made here.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .driver import built
 
 # GPU-good is well, GPU-bad has everything, GPU-old knows of nothing.
 DRIVER = r"""
@@ -37,16 +38,7 @@ const char *nvmlErrorString(int code) { return "?"; }
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the driver library with")
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "nvml.c").write_text(DRIVER)
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "nvml.c"],
-        check=True,
-    )
-    return folder
+    return built(tmp_path_factory.mktemp("driver"), DRIVER)
 
 
 def trouble(uuid: str, library_path: Path) -> str:
