@@ -39,7 +39,7 @@ def test_an_upgrade_rolls_the_operator_and_leaves_a_training_alone(
 def test_trainings_survive_an_uninstall_and_go_on_after_a_new_install(
     make_training: MakeTraining, cluster: Cluster, operator: install.Release
 ) -> None:
-    training = make_training("orphan", training={"total": {"tokens": 307_200}})
+    training = make_training("orphan", training={"total": {"tokens": 204_800}})
     training.apply()
     training.wait_step(3, 180)
     kept = cluster.kubectl("get", "crd", "deepseektrainings.dstrain.dev", "-o", "name")

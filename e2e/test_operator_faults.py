@@ -1,7 +1,7 @@
 """Faults of the operator itself, and of what it depends on, with a real API server.
 
 Operators are processes of this machine; there are no nodes, so that nothing but the operator
-decides what happens. e2e/test_scenarios.py has the same on a whole cluster.
+decides what happens. e2e/test_recovery.py has the same on a whole cluster.
 """
 
 from __future__ import annotations

@@ -217,6 +217,18 @@ def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
         _ready(subject.cluster, node)
 
 
+def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) -> None:
+    generation, uids, entries = subject.generation, subject.uids(), subject.now.status["history"]
+    before = subject.operator.pod()["metadata"]["name"]
+    subject.stage.inject(Fault(at=Moment(seconds=0), kind="kill-operator"))
+    wait_until(
+        lambda: subject.operator.pod()["metadata"]["name"] != before, "a leader", timeout_s=30
+    )
+    subject.steps_on(50)
+    assert (subject.generation, subject.uids()) == (generation, uids)
+    assert subject.now.status["history"] == entries
+
+
 def test_the_node_of_the_operator_is_lost_and_another_replica_goes_on(subject: Subject) -> None:
     node = subject.operator.pod()["spec"]["nodeName"]
     off_at_s = time.monotonic()
