@@ -277,13 +277,13 @@ def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
 def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> None:
     # What happened before has left nodes that are still avoided.
     subject.training.wait("a spare", lambda s: not s.status.get("excludedNodes"), PATIENCE_S)
-    node, name = subject.stage.node_of(1), subject.stage.pod(1)
+    node = subject.stage.node_of(1)
     fault = Fault(at=Moment(seconds=0), kind="delete-pod", slot=1)
     injection = Injection(fault, time.monotonic(), subject.generation)
     _say_of(subject.cluster, node, "GpuUnhealthy", "True", "XID 79: the GPU has fallen off the bus")
     subject.recovered("node condition GpuUnhealthy", injection)
     assert (subject.last["reason"], subject.last["node"]) == ("NodeFault", node)
-    assert name not in {p["metadata"]["name"] for p in subject.training.live_pods()}
+    assert subject.stage.node_of(1) not in ("", node)
     assert node in {n["name"] for n in subject.now.status["excludedNodes"]}
     _say_of(subject.cluster, node, "GpuUnhealthy", "False", "")
 
