@@ -11,8 +11,7 @@ itself once all its ranks have spoken. Until then nobody is told to stop.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from dstrain_api.protocol import (
     ERROR_TEXT_LIMIT,
@@ -27,18 +26,12 @@ from dstrain_api.protocol import (
     Verdict,
 )
 
-from deepseek_operator.core.model import (
-    CommitView,
-    Gathering,
-    Membership,
-    MemberView,
-    WorkerError,
-)
+from deepseek_operator.core.model import CommitView, Gathering, Membership, WorkerError
+from deepseek_operator.runtime.member import Member
 
 MEMBERS_LIMIT = 25_000  # pods remembered per training; the API allows 20,000 workers
 FENCED_LIMIT = 50_000  # pod uids remembered as refused; the oldest are forgotten first
 ERRORS_LIMIT = 64  # errors kept per generation: enough to find the one that came first
-GAP_DECAY = 0.98  # per beat: half of a long gap is forgotten after 34 of them
 STRANGER_LIFETIME_S = 600.0  # a silent pod outside the membership is forgotten after this
 
 
@@ -54,42 +47,6 @@ class Crowded(Exception):
     """More pods than any training may have: ask again later."""
 
 
-@dataclass(kw_only=True)
-class _Member:
-    pod: str
-    pod_uid: str
-    slot: int
-    node: str
-    generation: int
-    heard_at_s: float
-    gap_s: float = 0.0
-    state: Literal["joining", "running", "done", "leaving"] = "joining"
-    silent: bool = False
-    joined_from: int = -1  # generation its last join named; -1: it has not joined here yet
-    waiting_since_s: float = 0.0
-    joined_at_s: float = 0.0
-    address: str = ""
-    port: int = 0
-    group_world_size: int = 0
-
-    def view(self, now_s: float) -> MemberView:
-        return MemberView(
-            pod=self.pod,
-            pod_uid=self.pod_uid,
-            slot=self.slot,
-            node=self.node,
-            state=self.state,
-            generation=self.generation,
-            silent_s=max(0.0, now_s - self.heard_at_s),
-            gap_s=self.gap_s,
-            address=self.address,
-            port=self.port,
-            group_world_size=self.group_world_size,
-            waiting_s=max(0.0, now_s - self.waiting_since_s) if self.state == "joining" else 0.0,
-            joined_at_s=self.joined_at_s,
-        )
-
-
 class Roster:
     """The table of one training; `changed` says that a decision may now differ."""
 
@@ -103,7 +60,7 @@ class Roster:
         self.over = False
         self.membership: Membership | None = None
         self.done = False
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._ranks: dict[str, int] = {}  # of the membership, by pod uid
         self._seats: dict[int, dict[int, str]] = {}  # while adopting: generation -> rank -> pod uid
         self._fenced: dict[str, None] = {}
@@ -298,12 +255,12 @@ class Roster:
             return beat.generation
         return 0
 
-    def _member(self, said: Join | Beat, now_s: float) -> _Member:
+    def _member(self, said: Join | Beat, now_s: float) -> Member:
         member = self._members.get(said.pod_uid)
         if member is None:
             if len(self._members) >= MEMBERS_LIMIT:
                 raise Crowded(f"more than {MEMBERS_LIMIT} pods speak for this training")
-            member = _Member(
+            member = Member(
                 pod=said.pod,
                 pod_uid=said.pod_uid,
                 slot=said.slot,
@@ -315,12 +272,8 @@ class Roster:
             self.changed = True
         return member
 
-    def _heard(self, member: _Member, now_s: float) -> None:
-        member.gap_s = max(now_s - member.heard_at_s, member.gap_s * GAP_DECAY)
-        member.heard_at_s = now_s
-        if member.silent:
-            member.silent = False
-            self.changed = True
+    def _heard(self, member: Member, now_s: float) -> None:
+        self.changed |= member.hear(now_s)
 
     def _note(self, beat: Beat, now_s: float) -> None:
         if beat.state == "joining":
