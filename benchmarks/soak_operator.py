@@ -208,7 +208,7 @@ class Life:
         }
         membership = self._coordinator.snapshot(self._uid).membership
         if membership is None or meta["uid"] not in membership.pod_uids:
-            join = Join(address="10.0.0.1", port=29500, generation=0, processes=1, **who)
+            join = Join(address="10.0.0.1", port=29500, generation=0, **who)
             self._coordinator.join(self._uid, join)
             return
         beat = Beat(

@@ -75,7 +75,6 @@ class Agent:
             "address": f"10.0.0.{self.slot}",
             "port": 29500,
             "generation": self.generation,
-            "processes": 1,
         }
         answer = await self._client.post("/join", json=body)
         if answer.status_code != 200:

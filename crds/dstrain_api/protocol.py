@@ -49,7 +49,6 @@ class Join(ApiModel):
         ge=1, le=65_535, description="A free port of this pod, should it become rank 0."
     )
     generation: int = Field(ge=0)
-    processes: int = Field(ge=1, description="Worker processes in this pod.")
 
 
 class Assignment(ApiModel):

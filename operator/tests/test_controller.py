@@ -152,7 +152,6 @@ class Bench:
                 address=f"10.0.0.{slot}",
                 port=29500,
                 generation=0,
-                processes=1,
             )
             self.coordinator.join(self.uid, join)
 

@@ -59,7 +59,6 @@ class Gang:
                 address=f"10.0.0.{slot}",
                 port=29500 + slot,
                 generation=generation,
-                processes=1,
             ),
         )
 

@@ -65,7 +65,6 @@ def join_body(slot: int = 0) -> dict[str, object]:
         "address": "10.0.0.1",
         "port": 29500,
         "generation": 0,
-        "processes": 1,
     }
 
 

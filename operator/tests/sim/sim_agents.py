@@ -189,7 +189,6 @@ class Agents:
                 address="10.0.0.1",
                 port=agent.port,
                 generation=agent.generation,
-                processes=1,
             ),
         )
         if place.generation:

@@ -133,7 +133,6 @@ class Membership:
             address=self.identity.address,
             port=port,
             generation=self.generation,
-            processes=self.identity.processes,
         )
         self._place = replace(self._place, state="joining")
         self._start_beats()
