@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from dstrain_api.quantities import duration_s
 from dstrain_api.status import Condition, DeepSeekTrainingStatus
 
 from deepseek_operator.core import elastic, lifecycle, membership, nodes, replacement, status
-from deepseek_operator.core.conditions import condition
+from deepseek_operator.core.conditions import condition, holds
 from deepseek_operator.core.model import Event, Observed, Plan, Settings, Training
 from deepseek_operator.core.situation import NODE_LOST, Situation, survey
 
@@ -52,8 +53,19 @@ def plan(training: Training, observed: Observed, settings: Settings, now_s: floa
         after = status.refused(training, now_s)
         return Plan() if after == training.status else _invalid(training, after, now_s)
     s = survey(training, training.spec, observed, settings, now_s)
-    decision = next((d for rule in RULES if (d := rule(s))), Plan())
-    return _composed(s, decision)
+    decision = next((d for rule in RULES if (d := rule(s))), None)
+    if decision is None and (left_s := _unheard_s(s)) > 0:
+        return Plan(requeue_after_s=min(left_s, s.doubt_s or left_s))
+    return _composed(s, decision or Plan())
+
+
+def _unheard_s(s: Situation) -> float:
+    """Seconds left to members of a running generation to be heard by an operator that has just
+    started. Until then the status of its predecessor is better than what is known.
+    """
+    if s.membership or s.gathering.over or not holds(s.status, "Running"):
+        return 0.0
+    return duration_s(s.spec.recovery.heartbeat_timeout) - s.gathering.listening_s
 
 
 def _invalid(training: Training, after: DeepSeekTrainingStatus, now_s: float) -> Plan:

@@ -108,6 +108,15 @@ def test_a_member_that_fell_silent_before_the_operator_began_to_listen_is_lost()
     assert case.knows(listening_s=11.0).plan().fence == ("u1-1",)
 
 
+def test_what_runs_is_not_called_otherwise_before_a_new_operator_could_hear_of_it():
+    case = Case().running(0, 1).knows(membership=None, listening_s=1.0)
+    case.members.clear()
+    decided = case.plan()
+    assert decided.status is None
+    assert decided.requeue_after_s == pytest.approx(4.0)
+    assert case.knows(listening_s=5.0).plan().status.phase == "Recovering"
+
+
 def test_a_pod_that_is_newer_than_the_operator_is_still_to_come():
     case = Case().running(0, 1).knows(membership=None, listening_s=40.0)
     del case.members["u1-1"]
