@@ -32,7 +32,7 @@ WAIT_S = 60.0
 LIFE_S = 240.0
 LIVES = 36  # at least as many as a training needs writes, if nothing disturbs it
 OWNED = ("pods", "services", "secrets", "persistentvolumeclaims")
-AWAY_S = 20.0  # longer than a Lease lasts, and than an operator decides without contact
+AWAY_S = 12.0  # longer than a Lease lasts, and than an operator decides without contact
 
 
 @pytest.fixture(scope="module")
