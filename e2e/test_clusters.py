@@ -19,7 +19,7 @@ from e2e.clusters.home import home
 from e2e.clusters.netns import NetnsCluster
 from e2e.clusters.netns.cgroups import hierarchies
 from e2e.clusters.netns.plan import Plan
-from e2e.clusters.netns.processes import find, in_cgroup, is_daemon
+from e2e.clusters.netns.processes import find, in_cgroup, is_daemon, kill_all
 from e2e.clusters.providers import choose
 from e2e.clusters.shell import run, wait_until
 
@@ -95,6 +95,16 @@ def test_taking_one_down_leaves_the_other_up_and_nothing_of_itself(
     other.down()
     assert traces(other.name, plan) == []
     assert len(one.kubectl("get", "nodes", "--output=name").split()) == 2
+
+
+def test_a_cluster_whose_processes_are_gone_is_not_up_and_can_be_made_again(
+    pair: tuple[NetnsCluster, NetnsCluster],
+) -> None:
+    cluster, _ = pair
+    kill_all(lambda pid: is_daemon(pid, home() / "clusters" / cluster.name))
+    assert not cluster.is_up()
+    cluster.up(1)
+    assert cluster.kubectl("get", "nodes", "--output=name").split() == ["node/node1"]
 
 
 def test_down_leaves_nothing_when_up_was_killed_half_way() -> None:

@@ -47,7 +47,8 @@ class NetnsCluster(Cluster):
         return programs.folder()
 
     def is_up(self) -> bool:
-        return self._state.complete.exists()
+        # The mark alone outlives a reboot, which takes the processes.
+        return self._state.complete.exists() and bool(self._api_server())
 
     def up(self, nodes: int) -> None:
         if self.is_up():
@@ -186,8 +187,11 @@ class NetnsCluster(Cluster):
         control_plane.wait_for_api_server(self._plan(), self._state)
 
     def _signal_api_server(self, number: signal.Signals) -> None:
-        for process in find(lambda pid: is_daemon(pid, self._state.folder, "kube-apiserver")):
+        for process in self._api_server():
             os.kill(process, number)
+
+    def _api_server(self) -> list[int]:
+        return find(lambda pid: is_daemon(pid, self._state.folder, "kube-apiserver"))
 
     def _plan(self) -> Plan:
         if not self._state.plan.exists():

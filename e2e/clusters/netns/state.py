@@ -29,7 +29,7 @@ class State:
 
     @property
     def complete(self) -> Path:
-        """Exists from the end of `up` to the beginning of `down`."""
+        """Exists from the end of `up` to the beginning of `down`, also over a reboot."""
         return self.folder / "complete"
 
     @property
