@@ -162,12 +162,15 @@ def plan(options: Options) -> FaultPlan:
 def soak(training: Training, operator: install.Release, faults: FaultPlan, loss: float) -> Result:
     """Train under a plan's faults to the end."""
     began_s = time.monotonic()
-    training.apply()
-    training.wait_step(1, 180)
     stage = ClusterStage(training.cluster, training, operator)
-    injections = drive(faults, stage)
     minutes = max((f.at.seconds or 0.0 for f in faults.faults), default=0.0) / 60
-    training.wait("Finished", lambda s: s.is_true("Finished"), 300 + PATIENCE * 60 * minutes)
+    try:
+        training.apply()
+        training.wait_step(1, 180)
+        injections = drive(faults, stage)
+        training.wait("Finished", lambda s: s.is_true("Finished"), 300 + PATIENCE * 60 * minutes)
+    finally:
+        training.close()
     took_minutes = (time.monotonic() - began_s) / 60
     return Result(injections, stage.versions(), took_minutes, loss)
 
@@ -178,10 +181,7 @@ def run(cluster: Cluster, operator: install.Release, namespace: str, options: Op
     steps = int(PRODUCTIVE * rate * 60 * options.minutes)
     loss, _ = undisturbed(manifest("undisturbed", steps))
     training = Training(cluster, manifest("soak", steps), namespace)
-    try:
-        return soak(training, operator, plan(options), loss)
-    finally:
-        training.close()
+    return soak(training, operator, plan(options), loss)
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from e2e.conftest import Undisturbed
 from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import injected
 from e2e.faults.plan import Fault, Moment
-from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
 from e2e.training import Training
 
@@ -43,11 +42,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
 
     node = stage.node_of(3)
     injection = injected(stage, Fault(at=Moment(seconds=0), kind="power-off", slot=3))
-    training.wait(
-        "a step by fewer", lambda _: recovery_s(injection, stage.versions()) is not None, 120
-    )
-    seconds = recovery_s(injection, stage.versions())
-    assert seconds is not None
+    seconds = stage.recovered(injection, "power-off", 120)
     report.time("elastic: power-off to first new step of a smaller gang", seconds)
     cluster.power_on(node)
     finished = training.wait_complete(300)

@@ -20,7 +20,6 @@ from e2e.clusters.shell import wait_until
 from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import Injection, injected
 from e2e.faults.plan import Fault, Kind, Moment
-from e2e.faults.recoveries import recovery_s
 from e2e.report import Report
 from e2e.soak import WORKERS, manifest
 from e2e.training import Seen, Training
@@ -75,13 +74,13 @@ class Subject:
         fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
         return self.recovered(name or kind, injected(self.stage, fault))
 
-    def recovered(self, name: str, injection: Injection) -> float:
-        def holds(_: Seen) -> bool:
-            return recovery_s(injection, self.stage.versions()) is not None
+    def begun(self) -> Injection:
+        """Something that a plan has no kind for goes wrong from now on."""
+        fault = Fault(at=Moment(seconds=0), kind="delete-pod")
+        return Injection(fault, time.monotonic(), self.generation)
 
-        self.training.wait(f"a new step after {name}", holds, PATIENCE_S)
-        seconds = recovery_s(injection, self.stage.versions())
-        assert seconds is not None
+    def recovered(self, name: str, injection: Injection) -> float:
+        seconds = self.stage.recovered(injection, name, PATIENCE_S)
         self.report.time(f"recovery: {name}", seconds)
         return seconds
 
@@ -206,8 +205,7 @@ def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
     nodes = {subject.stage.node_of(slot) for slot in range(WORKERS)}
     away = sorted(nodes - {subject.operator.pod()["spec"]["nodeName"]})[:2]
     entries = sum(subject.now.status["restarts"].values())
-    fault = Fault(at=Moment(seconds=0), kind="power-off", slot=0)
-    injection = Injection(fault, time.monotonic(), subject.generation)
+    injection = subject.begun()
     for node in away:
         subject.cluster.power_off(node)
     subject.recovered("two nodes at once", injection)
@@ -255,8 +253,7 @@ def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) ->
 
 def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
     node, budgets = subject.stage.node_of(2), subject.now.status.get("failures")
-    fault = Fault(at=Moment(seconds=0), kind="delete-pod", slot=2)
-    injection = Injection(fault, time.monotonic(), subject.generation)
+    injection = subject.begun()
     subject.cluster.drain(node)
     subject.recovered("drain", injection)
     subject.cluster.uncordon(node)
@@ -278,8 +275,7 @@ def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> No
     # What happened before has left nodes that are still avoided.
     subject.training.wait("a spare", lambda s: not s.status.get("excludedNodes"), PATIENCE_S)
     node = subject.stage.node_of(1)
-    fault = Fault(at=Moment(seconds=0), kind="delete-pod", slot=1)
-    injection = Injection(fault, time.monotonic(), subject.generation)
+    injection = subject.begun()
     _say_of(subject.cluster, node, "GpuUnhealthy", "True", "XID 79: the GPU has fallen off the bus")
     subject.recovered("node condition GpuUnhealthy", injection)
     assert (subject.last["reason"], subject.last["node"]) == ("NodeFault", node)

@@ -44,15 +44,6 @@ def recovery_marks(report: Report, what: str, finished: Seen) -> None:
             report.time(f"{what}: failure to first new step ({entry['reason']})", entry["seconds"])
 
 
-def slot(training: Training, number: int) -> dict[str, Any]:
-    """The live pod in a slot."""
-    return next(
-        p
-        for p in training.live_pods()
-        if p["metadata"]["labels"]["dstrain.dev/slot"] == str(number)
-    )
-
-
 def rank_zero(training: Training) -> str:
     """Name of the newest pod in slot 0, whose log tells the steps."""
     every = [p["metadata"] for p in training.pods()]

@@ -11,9 +11,10 @@ from typing import Any
 
 from e2e import install
 from e2e.clusters.interface import Cluster
-from e2e.faults.drive import RealTime, Version
+from e2e.faults.drive import Injection, RealTime, Version
 from e2e.faults.plan import Fault
 from e2e.faults.processes import ranks
+from e2e.faults.recoveries import recovery_s
 from e2e.training import Training
 
 
@@ -73,6 +74,17 @@ class ClusterStage(RealTime):
             self.cluster.power_on(node)
         else:
             self.cluster.heal(node)
+
+    def recovered(self, injection: Injection, name: str, timeout_s: float) -> float:
+        """Wait for the first new step after a fault; the seconds between."""
+
+        def known() -> float | None:
+            return recovery_s(injection, self.versions())
+
+        self.training.wait(f"a new step after {name}", lambda _: known() is not None, timeout_s)
+        seconds = known()
+        assert seconds is not None
+        return seconds
 
     def _pod(self, slot: int) -> dict[str, Any] | None:
         for pod in self.training.live_pods():

@@ -54,12 +54,12 @@ def plan(training: Training, observed: Observed, settings: Settings, now_s: floa
         return Plan() if after == training.status else _invalid(training, after, now_s)
     s = survey(training, training.spec, observed, settings, now_s)
     decision = next((d for rule in RULES if (d := rule(s))), None)
-    if decision is None and (left_s := _unheard_s(s)) > 0:
+    if decision is None and (left_s := _still_listening_s(s)) > 0:
         return Plan(requeue_after_s=min(left_s, s.doubt_s or left_s))
     return _composed(s, decision or Plan())
 
 
-def _unheard_s(s: Situation) -> float:
+def _still_listening_s(s: Situation) -> float:
     """Seconds left to members of a running generation to be heard by an operator that has just
     started. Until then the status of its predecessor is better than what is known.
     """

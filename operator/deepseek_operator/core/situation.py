@@ -7,6 +7,7 @@ table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -107,7 +108,7 @@ class Situation:
     @cached_property
     def accounted(self) -> bool:
         """Whether the end of the newest generation is in the history already."""
-        return any(h.generation == self.status.generation for h in self.status.history)
+        return _accounted(self.status)
 
     @cached_property
     def told(self) -> frozenset[str]:
@@ -152,6 +153,10 @@ class Situation:
         if self.membership and pod.uid not in self.membership.pod_uids:
             return False
         return not self.accounted
+
+
+def _accounted(status: DeepSeekTrainingStatus) -> bool:
+    return any(entry.generation == status.generation for entry in status.history)
 
 
 def desired_replicas(spec: DeepSeekTrainingSpec) -> int:
@@ -216,33 +221,34 @@ class Reach:
 
     def lost(self, pod: PodView) -> bool:
         """Whether to take the pod for dead although the cluster still shows it."""
-        if pod.finished or not pod.node:
-            return False
-        member = self.members.get(pod.uid)
-        if self._down(pod):
-            return self._silent_s(pod) > self._timeout_s
-        if pod.deleting:  # its kubelet is there and ends it
-            return False
-        if pod.uid in self._unheard:
-            return self._silent_s(pod) > self._timeout_s * GAPS_MISSED
-        if member is None:
-            return pod.name in self._condemned  # decided before, and not finished
-        return member.state != "done" and member.silent_s > self._patience_s(member)
+        limit_s = self._limit_s(pod)
+        return limit_s is not None and self._silent_s(pod) > limit_s
 
     def doubt_s(self, pod: PodView) -> float | None:
         """Seconds after which a pod may be lost without any further news of it."""
-        member = self.members.get(pod.uid)
-        if pod.finished:
+        limit_s, silent_s = self._limit_s(pod), self._silent_s(pod)
+        if limit_s is None:
+            return None
+        heard = pod.uid in self.members
+        if heard and silent_s <= self._timeout_s and not self._down(pod):
+            return None  # the coordinator tells when that is over
+        return max(LOOK_AGAIN_S, limit_s - silent_s)
+
+    def _limit_s(self, pod: PodView) -> float | None:
+        """Silence that makes a pod lost; None if none does."""
+        if pod.finished or not pod.node:
             return None
         if self._down(pod):
-            return max(LOOK_AGAIN_S, self._timeout_s - self._silent_s(pod))
+            return self._timeout_s
+        if pod.deleting:  # its kubelet is there and ends it
+            return None
         if pod.uid in self._unheard:
-            return max(LOOK_AGAIN_S, self._timeout_s * GAPS_MISSED - self._silent_s(pod))
-        if member is None or pod.deleting or member.state == "done":
-            return None
-        if member.silent_s <= self._timeout_s:  # the coordinator tells when that is over
-            return None
-        return max(LOOK_AGAIN_S, self._patience_s(member) - member.silent_s)
+            return self._timeout_s * GAPS_MISSED
+        member = self.members.get(pod.uid)
+        if member is None:
+            # Decided before, and not finished: no more silence is waited for.
+            return -math.inf if pod.name in self._condemned else None
+        return None if member.state == "done" else self._patience_s(member)
 
     def _down(self, pod: PodView) -> bool:
         node = self._nodes.get(pod.node)
@@ -270,7 +276,7 @@ def _unheard(
     The others say how many they are. If there were just as many pods by then, none of these is
     still to come; nor is one while no failure of the generation is known, for that makes new ones.
     """
-    if any(entry.generation == status.generation for entry in status.history):
+    if _accounted(status):
         return frozenset()
     pods = [p for p in before if not p.finished and not p.deleting]
     heard = [m for p in pods if (m := members.get(p.uid)) and m.generation == status.generation]
