@@ -1,7 +1,7 @@
 """What worker pods and the coordinator say to each other: JSON over HTTP, one bearer token per training.
 
     POST /v1/trainings/{uid}/join    agent: I want the next generation   -> Assignment, or 202 and an empty Assignment: ask again
-    POST /v1/trainings/{uid}/beat    agent, every beat interval          -> Orders
+    POST /v1/trainings/{uid}/beat    agent, every beat interval          -> Orders, at the latest when the next beat is due
     POST /v1/trainings/{uid}/report  agent, for its worker processes     -> 204
     POST /v1/trainings/{uid}/commit  rank 0: may this become the checkpoint? -> Verdict
 
@@ -81,6 +81,12 @@ class Beat(ApiModel):
     master_port: int = Field(0, ge=0, le=65_535)
     state: Literal["joining", "running", "done", "leaving"]
     step: int = Field(0, ge=0, description="Last finished step of this pod's processes.")
+    patience_s: float = Field(
+        0.0,
+        ge=0,
+        le=60,
+        description="Seconds that an answer may wait for other orders than to go on.",
+    )
 
 
 class Orders(ApiModel):

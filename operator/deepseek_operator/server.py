@@ -3,7 +3,7 @@ ask of the operator.
 
     POST /v1/trainings/{uid}/join     body Join    200 Assignment, when its generation is formed;
                                                    202 generation 0 after 20 s: ask again at once
-    POST /v1/trainings/{uid}/beat     body Beat    200 Orders
+    POST /v1/trainings/{uid}/beat     body Beat    200 Orders; those to go on after `patienceS`
     POST /v1/trainings/{uid}/report   body Report  204
     POST /v1/trainings/{uid}/commit   body Commit  200 Verdict
     GET  /metrics                     Prometheus text
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import uvicorn
-from dstrain_api.protocol import Assignment, Beat, Commit, Join, Report
+from dstrain_api.protocol import Assignment, Beat, Commit, Join, Orders, Report
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
@@ -56,7 +56,9 @@ Problems = Callable[[], Sequence[str]]
 
 
 class Waiters:
-    """Joins that wait for a generation. `wake` may be called from any thread."""
+    """Joins that wait for a generation, and beats that wait for other orders. `wake` may be called
+    from any thread.
+    """
 
     def __init__(self) -> None:
         self.closed = False
@@ -64,20 +66,20 @@ class Waiters:
         self._events: dict[str, asyncio.Event] = {}
 
     def attach(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Take the loop in which joins wait; None when it ends."""
+        """Take the loop in which they wait; None when it ends."""
         self._loop = loop
 
     def event(self, uid: str) -> asyncio.Event:
-        """Is set at the next publication for this training. Take it before looking."""
+        """Is set at the next news for this training. Take it before looking."""
         return self._events.setdefault(uid, asyncio.Event())
 
     def wake(self, uid: str) -> None:
-        """Let the joins of a training look again."""
+        """Let those who wait for a training look again."""
         if self._loop:
             self._loop.call_soon_threadsafe(self._set, uid)
 
     def close(self) -> None:
-        """Send all waiting joins away."""
+        """Send all away."""
         self.closed = True
         if self._loop:
             self._loop.call_soon_threadsafe(self._set_all)
@@ -120,7 +122,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         waiters.attach(asyncio.get_running_loop())
-        coordinator.on_publish = waiters.wake
+        coordinator.on_orders = waiters.wake
         yield
         waiters.attach(None)
 
@@ -167,25 +169,29 @@ def _workers(
     @routes.post("/join")
     async def join(uid: str, request: Request) -> Response:
         asked = await message(request, uid, Join)
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + join_wait_s
+        deadline_s = asyncio.get_running_loop().time() + join_wait_s
         while True:
             refuse_unless_leading()
-            published = waiters.event(uid)
+            news = waiters.event(uid)
             place = coordinator.join(uid, asked)
             if place.generation:
                 return _json(place)
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await published.wait()
-            except TimeoutError:
+            if not await _set(news, deadline_s):
                 return _json(Assignment(), status=202)
             if await request.is_disconnected():
                 return Response(status_code=499)  # a pod that has gone must not join once more
 
     @routes.post("/beat")
     async def beat(uid: str, request: Request) -> Response:
-        return _json(coordinator.beat(uid, await message(request, uid, Beat)))
+        said = await message(request, uid, Beat)
+        deadline_s = asyncio.get_running_loop().time() + said.patience_s
+        news = waiters.event(uid)
+        orders = coordinator.beat(uid, said)
+        while orders == Orders(generation=said.generation) and await _set(news, deadline_s):
+            refuse_unless_leading()
+            news = waiters.event(uid)
+            orders = coordinator.orders(uid, said)
+        return _json(orders)
 
     @routes.post("/report")
     async def report(uid: str, request: Request) -> Response:
@@ -197,6 +203,16 @@ def _workers(
         return _json(coordinator.commit(uid, await message(request, uid, Commit)))
 
     return routes
+
+
+async def _set(event: asyncio.Event, deadline_s: float) -> bool:
+    """Wait until it is set; False if it is not by the deadline, in the loop's time."""
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _watchers(metrics: Callable[[], bytes], unhealthy: Problems, unready: Problems) -> APIRouter:

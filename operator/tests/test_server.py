@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +122,38 @@ def test_beat_is_answered_with_orders_and_ignores_fields_it_does_not_know(served
     assert response.json() == {"generation": 0, "stop": False}
 
 
+@pytest.mark.parametrize(
+    ("give", "status", "answer"),
+    [
+        (lambda c: c.end(UID, 1), 200, {"generation": 0, "stop": False}),
+        (lambda c: c.order_stop(UID, True), 200, {"generation": 1, "stop": True}),
+        (lambda c: c.fence(UID, ("uid-0",)), 410, {"detail": "this pod was replaced"}),
+    ],
+    ids=["over", "stop", "fenced"],
+)
+def test_beat_with_patience_is_answered_once_its_orders_change(
+    served: Served, give: Callable[[Coordinator], None], status: int, answer: dict[str, object]
+) -> None:
+    served.coordinator.register(UID, generation=1, token=TOKEN)
+    heard = threading.Event()
+    served.coordinator.on_transition = lambda _uid: heard.set()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(served.post, "beat", {**beat_body(), "patienceS": 10})
+        assert heard.wait(5)
+        time.sleep(0.1)
+        assert not waiting.done()
+        give(served.coordinator)
+        response = waiting.result(5)
+    assert (response.status_code, response.json()) == (status, answer)
+
+
+def test_beat_is_told_to_go_on_when_its_patience_ends(served: Served) -> None:
+    served.coordinator.register(UID, generation=1, token=TOKEN)
+    response = served.post("beat", {**beat_body(), "patienceS": 0.2})
+    assert response.json() == {"generation": 1, "stop": False}
+    assert response.elapsed.total_seconds() >= 0.2
+
+
 def test_answers_do_not_wait_for_acknowledgements(served: Served) -> None:
     served.post("beat", beat_body())
     started_s = time.monotonic()
@@ -223,7 +255,7 @@ def test_join_that_waits_is_sent_away_when_this_replica_leads_no_more(served: Se
         answer = pool.submit(served.post, "join", join_body())
         assert joined.wait(5)
         served.leads = False
-        served.coordinator.on_publish(UID)
+        served.coordinator.on_orders(UID)
         assert answer.result(5).status_code == 503
 
 

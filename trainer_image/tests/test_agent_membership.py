@@ -80,7 +80,7 @@ def operator() -> Iterator[Operator]:
 class Pod:
     """A membership whose joins run on a thread of their own."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, beat_interval_s: float = 0.05) -> None:
         self.stops: list[str] = []
         self.step = 0
         identity = Identity(
@@ -89,7 +89,7 @@ class Pod:
         self.membership = Membership(
             identity,
             operator.client,
-            beat_interval_s=0.05,
+            beat_interval_s=beat_interval_s,
             step=lambda: self.step,
             stop=self.stops.append,
         )
@@ -153,6 +153,16 @@ def test_a_generation_that_was_ended_is_over_until_the_next_join(
     until(lambda: pod.membership.over)
     running(pod, operator, generation=2)
     assert not pod.membership.over
+
+
+def test_the_end_of_a_generation_is_known_before_the_next_beat_is_due(operator: Operator) -> None:
+    pod = Pod(operator, beat_interval_s=PATIENCE_S)
+    running(pod, operator)
+    told_s = time.monotonic()
+    operator.coordinator.end(UID, 1)
+    until(lambda: pod.membership.over)
+    assert time.monotonic() - told_s < PATIENCE_S / 10
+    pod.membership.leave()
 
 
 def test_nobody_is_blamed_for_a_hang_before_the_operator_can_see_who_is_gone(

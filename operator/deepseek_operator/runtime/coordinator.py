@@ -42,14 +42,14 @@ class Coordinator:
     """The tables of all trainings, each a `Roster`.
 
     `on_transition(uid)` is called, outside the lock and on the caller's thread, when something
-    that decisions depend on has changed; never for a plain beat. `on_publish(uid)` is called
-    likewise when waiting joins should look again. `clock` gives seconds since the epoch and must
-    not run backwards.
+    that decisions depend on has changed; never for a plain beat. `on_orders(uid)` is called
+    likewise when pods that wait for an answer should look again. `clock` gives seconds since the
+    epoch and must not run backwards.
     """
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self.on_transition: Callable[[str], None] = _nobody
-        self.on_publish: Callable[[str], None] = _nobody
+        self.on_orders: Callable[[str], None] = _nobody
         self._clock = clock
         self._started_at_s = clock()
         self._lock = threading.Lock()
@@ -92,23 +92,26 @@ class Coordinator:
         """Make a generation current. Its number must be in the training's status already."""
         with self._changing(uid) as roster:
             roster.publish(membership)
-        self.on_publish(uid)
+        self.on_orders(uid)
 
     def end(self, uid: str, generation: int) -> None:
         """Declare `generation` and older ones over, also while one is being adopted."""
         with self._changing(uid) as roster:
             roster.end(generation)
+        self.on_orders(uid)
 
     def fence(self, uid: str, pod_uids: tuple[str, ...]) -> None:
         """Refuse these pods for good (`Fenced`)."""
         with self._changing(uid) as roster:
             roster.fence(pod_uids)
-        self.on_publish(uid)
+        self.on_orders(uid)
 
     def order_stop(self, uid: str, stop: bool) -> None:
         """Tell all members to save and exit, or take that back."""
         with self._changing(uid) as roster:
-            roster.stop = stop
+            news, roster.stop = roster.stop != stop, stop
+        if news:
+            self.on_orders(uid)
 
     def snapshot(self, uid: str) -> Gathering:
         """What is known of a training; an empty table for an unknown one."""
@@ -131,7 +134,7 @@ class Coordinator:
         """Find the deadlines that have passed."""
         with self._lock:
             now_s = self._clock()
-            changed = []
+            changed, forgotten = [], []
             for uid, retired_at_s in list(self._retired.items()):
                 roster = self._rosters[uid]
                 if (
@@ -139,6 +142,7 @@ class Coordinator:
                     or now_s - retired_at_s > RETIRED_LIFETIME_S
                 ):
                     del self._retired[uid], self._rosters[uid]
+                    forgotten.append(uid)
             for uid, roster in self._rosters.items():
                 roster.tick(now_s)
                 if roster.changed:
@@ -146,6 +150,8 @@ class Coordinator:
                     changed.append(uid)
         for uid in changed:
             self.on_transition(uid)
+        for uid in forgotten:
+            self.on_orders(uid)
 
     # Called by the server, for the pods.
 
@@ -170,6 +176,11 @@ class Coordinator:
         """Note that a pod is alive. Raises UnknownTraining, Fenced, Crowded."""
         with self._saying(uid) as (roster, now_s):
             return roster.beat(beat, now_s)
+
+    def orders(self, uid: str, beat: Beat) -> Orders:
+        """What the pod of a beat should do now; no news of it. Raises UnknownTraining, Fenced."""
+        with self._saying(uid) as (roster, _):
+            return roster.orders(beat)
 
     def report(self, uid: str, report: Report) -> None:
         """Note what worker processes say. Raises UnknownTraining, Fenced."""

@@ -111,6 +111,11 @@ class Roster:
         else:
             self._note(beat, now_s)
             self._adopt(beat)
+        return self.orders(beat)
+
+    def orders(self, beat: Beat) -> Orders:
+        """What the pod of a beat should do now."""
+        self._refuse_fenced(beat.pod_uid)
         return Orders(generation=self._generation_for(beat), stop=self.stop)
 
     def report(self, report: Report, now_s: float) -> None:

@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between two tries while the coordinator is away
 SHORT_ANSWER_S = 0.2  # an empty answer faster than this came from a server that does not wait
 LEAVE_TIMEOUT_S = 2.0
-URGENT_BEAT_S = 0.2
 
 State = Literal["joining", "running", "done", "leaving"]
 T = TypeVar("T")
@@ -89,7 +88,6 @@ class Membership:
         self._soon = threading.Event()
         self._beats: threading.Thread | None = None
         self._left = False
-        self._urgent = False
         self._told_to_stop = False
         self._in_touch_since_s: float | None = None
         self.fenced = False  # the coordinator refuses this pod for good
@@ -161,14 +159,9 @@ class Membership:
         self._until_answered(tell)
 
     def wait_over(self, timeout_s: float) -> bool:
-        """Whether this generation is ended within `timeout_s`; asks often meanwhile."""
-        self._urgent = True
-        self._soon.set()
-        try:
-            with self._over:
-                return self._over.wait_for(lambda: self._is_over, timeout_s)
-        finally:
-            self._urgent = False
+        """Whether this generation is ended within `timeout_s`."""
+        with self._over:
+            return self._over.wait_for(lambda: self._is_over, timeout_s)
 
     def finish(self) -> None:
         """All worker processes of this pod have ended well."""
@@ -233,12 +226,15 @@ class Membership:
                 self.fenced = True
                 self._stop(f"this pod was replaced ({error}); leaving")
                 return
-            interval_s = URGENT_BEAT_S if self._urgent else self._beat_interval_s
-            self._soon.wait(max(0.0, started_s + interval_s - time.monotonic()))
+            self._soon.wait(max(0.0, started_s + self._beat_interval_s - time.monotonic()))
 
     def _beat_once(self, client: CoordinatorClient) -> None:
         place = self._place
-        orders = client.beat(self._beat(place), timeout_s=max(1.0, 2 * self._beat_interval_s))
+        # The answer to one that runs waits for the news that its generation is over: the sooner it
+        # knows, the sooner the next one begins.
+        patience_s = self._beat_interval_s if place.state == "running" else 0.0
+        beat = self._beat(place, patience_s)
+        orders = client.beat(beat, timeout_s=patience_s + max(1.0, self._beat_interval_s))
         if self._left:
             return
         if orders.stop and not self._told_to_stop:
@@ -250,7 +246,7 @@ class Membership:
                 self._is_over = self._is_over or self._place.generation == place.generation
                 self._over.notify_all()
 
-    def _beat(self, place: Place) -> Beat:
+    def _beat(self, place: Place, patience_s: float = 0.0) -> Beat:
         return Beat(
             pod=self.identity.pod,
             pod_uid=self.identity.pod_uid,
@@ -263,4 +259,5 @@ class Membership:
             master_port=place.master_port,
             state=place.state,
             step=self._step(),
+            patience_s=patience_s,
         )
