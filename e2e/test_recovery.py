@@ -227,21 +227,34 @@ def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) 
     assert subject.now.status["history"] == entries
 
 
-def test_the_node_of_the_operator_is_lost_and_another_replica_goes_on(subject: Subject) -> None:
-    node = subject.operator.pod()["spec"]["nodeName"]
-    off_at_s = time.monotonic()
+def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:
+    node = _leading_beside_a_worker(subject)
+    injection = subject.begun()
     subject.cluster.power_off(node)
     wait_until(
-        lambda: subject.operator.pod()["spec"]["nodeName"] != node,
-        "the other replica to lead",
-        timeout_s=60,
+        lambda: _leading_on(subject) != node, "the other replica to lead", timeout_s=PATIENCE_S
     )
-    subject.report.time("recovery: the operator's node, another leads", time.monotonic() - off_at_s)
+    leads_s = time.monotonic() - injection.at_s
+    subject.report.time("recovery: the operator's node, another leads", leads_s)
+    subject.recovered("the operator's node, and a worker's", injection)
+    assert (subject.last["reason"], subject.last["node"]) == ("NodeLost", node)
     subject.cluster.power_on(node)
     _ready(subject.cluster, node)
-    subject.training.wait("all workers", lambda s: s.status["phase"] == "Running", PATIENCE_S)
-    subject.steps_on()
     subject.suffer("kill-process", 0)
+
+
+def _leading_beside_a_worker(subject: Subject) -> str:
+    """Node of the leading replica and of a worker; of two replicas one at least is on such."""
+    workers = {subject.stage.node_of(slot) for slot in range(WORKERS)}
+    if _leading_on(subject) not in workers:
+        name = subject.operator.pod()["metadata"]["name"]
+        subject.cluster.kubectl("-n", subject.operator.namespace, "delete", "pod", name)
+        wait_until(lambda: _leading_on(subject) in workers, "the other", timeout_s=PATIENCE_S)
+    return _leading_on(subject)
+
+
+def _leading_on(subject: Subject) -> str:
+    return str(subject.operator.pod()["spec"]["nodeName"])
 
 
 def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) -> None:

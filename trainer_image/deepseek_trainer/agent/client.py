@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 import ssl
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -18,6 +19,10 @@ from dstrain_api.constants import ENV_CA_FILE, ENV_COORDINATOR, ENV_TOKEN, ENV_T
 from dstrain_api.protocol import Assignment, Beat, Commit, Join, Orders, Report, Verdict
 
 LONG_POLL_S = 20.0  # the coordinator answers a join after this long at the latest
+# A coordinator whose node is gone breaks no connection. One that acknowledges nothing for so long
+# is asked again on a new connection, which leads to whoever has taken its place.
+DEAD_AFTER_S = 2.0
+CONNECT_S = 3.0
 
 Answer = TypeVar("Answer", bound=ApiModel)
 
@@ -109,17 +114,32 @@ class CoordinatorClient:
         return answer
 
     def _request(self, verb: str, body: ApiModel, timeout_s: float) -> tuple[int, bytes]:
-        if self._connection is None:
-            self._connection = (
-                http.client.HTTPSConnection(self._host, self._port, context=self._tls)
-                if self._secure
-                else http.client.HTTPConnection(self._host, self._port)
-            )
-        self._connection.timeout = timeout_s
-        if self._connection.sock is not None:
-            self._connection.sock.settimeout(timeout_s)
-        self._connection.request(
-            "POST", f"{self._path}/{verb}", body.model_dump_json(), self._headers
-        )
-        response = self._connection.getresponse()
+        connection = self._connection
+        if connection is None or connection.sock is None:
+            connection = self._connection = self._connected(min(CONNECT_S, timeout_s))
+        connection.sock.settimeout(timeout_s)
+        connection.request("POST", f"{self._path}/{verb}", body.model_dump_json(), self._headers)
+        response = connection.getresponse()
         return response.status, response.read()
+
+    def _connected(self, timeout_s: float) -> http.client.HTTPConnection:
+        to, port = self._host, self._port
+        connection = (
+            http.client.HTTPSConnection(to, port, context=self._tls, timeout=timeout_s)
+            if self._secure
+            else http.client.HTTPConnection(to, port, timeout=timeout_s)
+        )
+        connection.connect()
+        _break_when_dead(connection.sock)
+        return connection
+
+
+def _break_when_dead(connection: socket.socket) -> None:
+    """Let the kernel give up a peer that acknowledges neither data nor, in a pause, a probe."""
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER_S * 1000)),
+    ):
+        connection.setsockopt(level, option, value)
