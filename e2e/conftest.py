@@ -9,7 +9,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from e2e.report import Report
 from e2e.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
-UNDISTURBED_STEPS = 600
+UNDISTURBED_STEPS = 600  # four minutes of a cluster on two cores
 NODES = 4  # two workers, a spare for a lost node, and one where the operator can stay
 
 
@@ -68,20 +67,14 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """A training of one worker that nothing has happened to: what others are held against."""
-
-    steps: int
-    loss: float
-
-
-LossAndRate = Future[tuple[float, float]]
+UndisturbedRun = Future[soak.Undisturbed]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def undisturbed_run(request: pytest.FixtureRequest) -> Iterator[LossAndRate | None]:
-    """It takes minutes, so it begins with the session, in what time the first tests leave."""
+def background(request: pytest.FixtureRequest) -> Iterator[UndisturbedRun | None]:
+    """The undisturbed run takes minutes, so it begins with the session, in what time the first
+    tests leave.
+    """
     if not any("undisturbed" in getattr(i, "fixturenames", ()) for i in request.session.items):
         yield None
         return
@@ -91,11 +84,12 @@ def undisturbed_run(request: pytest.FixtureRequest) -> Iterator[LossAndRate | No
         yield pool.submit(soak.undisturbed, manifest)
 
 
-@pytest.fixture(scope="session")
-def undisturbed(undisturbed_run: LossAndRate) -> Undisturbed:
-    """The training of `e2e.soak`, for four minutes of a cluster on two cores."""
-    loss, _ = undisturbed_run.result()
-    return Undisturbed(UNDISTURBED_STEPS, loss)
+@pytest.fixture
+def undisturbed(background: UndisturbedRun) -> UndisturbedRun:
+    """The training of `e2e.soak` by one worker that nothing happens to, of UNDISTURBED_STEPS;
+    perhaps not at its end yet.
+    """
+    return background
 
 
 MakeTraining = Callable[..., Training]

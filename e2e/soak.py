@@ -11,6 +11,7 @@ import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -126,17 +127,36 @@ def manifest(name: str, steps: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def undisturbed(training: dict[str, Any]) -> tuple[float, float]:
-    """Final loss and steps per second of a training as processes of this machine."""
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training that nothing has happened to: what others are held against."""
+
+    losses: dict[int, float]
+    steps_per_second: float
+
+    @property
+    def loss(self) -> float:
+        """At the end."""
+        return self.losses[max(self.losses)]
+
+
+def losses(versions: list[Version]) -> dict[int, float]:
+    """Nats per token by step, for those steps that the status has told of."""
+    told = [v.status.get("progress", {}) for v in versions]
+    return {p["step"]: float(p["loss"]) for p in told if p.get("loss") is not None}
+
+
+def undisturbed(training: dict[str, Any]) -> Undisturbed:
+    """Train as one process of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         stage = LocalStage(training, Path(folder), nodes=1)
         with stage.running():
             pass
         versions = stage.versions()
     first = next(v for v in versions if v.status.get("progress", {}).get("step", 0) > 0)
-    last = versions[-1].status["progress"]
-    rate = (last["step"] - first.status["progress"]["step"]) / (versions[-1].at_s - first.at_s)
-    return float(last["loss"]), rate
+    last = versions[-1]
+    steps = last.status["progress"]["step"] - first.status["progress"]["step"]
+    return Undisturbed(losses(versions), steps / (last.at_s - first.at_s))
 
 
 @dataclass(frozen=True)
@@ -159,8 +179,13 @@ def plan(options: Options) -> FaultPlan:
     )
 
 
-def soak(training: Training, operator: install.Release, faults: FaultPlan, loss: float) -> Result:
-    """Train under a plan's faults to the end."""
+def soak(
+    training: Training,
+    operator: install.Release,
+    faults: FaultPlan,
+    beside: Callable[[], Undisturbed],
+) -> Result:
+    """Train under a plan's faults to the end; what it is held against is asked for after that."""
     began_s = time.monotonic()
     stage = ClusterStage(training.cluster, training, operator)
     minutes = max((f.at.seconds or 0.0 for f in faults.faults), default=0.0) / 60
@@ -172,16 +197,16 @@ def soak(training: Training, operator: install.Release, faults: FaultPlan, loss:
     finally:
         training.close()
     took_minutes = (time.monotonic() - began_s) / 60
-    return Result(injections, stage.versions(), took_minutes, loss)
+    return Result(injections, stage.versions(), took_minutes, beside().loss)
 
 
 def run(cluster: Cluster, operator: install.Release, namespace: str, options: Options) -> Result:
     """The whole of it: measure this machine, the undisturbed run, the disturbed one."""
-    _, rate = undisturbed(manifest("calibration", CALIBRATION_STEPS))
+    rate = undisturbed(manifest("calibration", CALIBRATION_STEPS)).steps_per_second
     steps = int(PRODUCTIVE * rate * 60 * options.minutes)
-    loss, _ = undisturbed(manifest("undisturbed", steps))
+    beside = undisturbed(manifest("undisturbed", steps))
     training = Training(cluster, manifest("soak", steps), namespace)
-    return soak(training, operator, plan(options), loss)
+    return soak(training, operator, plan(options), lambda: beside)
 
 
 def main() -> int:

@@ -60,11 +60,6 @@ class Subject:
             for p in self.training.live_pods()
         }
 
-    def slot_away_from_the_operator(self) -> int:
-        """A slot whose node may be lost without the operator that leads."""
-        leader = self.operator.pod()["spec"]["nodeName"]
-        return next(n for n in range(WORKERS) if self.stage.node_of(n) not in ("", leader))
-
     def python(self, slot: int, program: str) -> str:
         """What a program says that runs in the slot's pod."""
         return self.training.kubectl("exec", self.stage.pod(slot), "--", "python3", "-c", program)
@@ -74,15 +69,14 @@ class Subject:
         fault = Fault(at=Moment(seconds=0), kind=kind, slot=slot)
         return self.recovered(name or kind, injected(self.stage, fault))
 
-    def begun(self) -> Injection:
-        """Something that a plan has no kind for goes wrong from now on."""
-        fault = Fault(at=Moment(seconds=0), kind="delete-pod")
-        return Injection(fault, time.monotonic(), self.generation)
-
     def recovered(self, name: str, injection: Injection) -> float:
         seconds = self.stage.recovered(injection, name, PATIENCE_S)
         self.report.time(f"recovery: {name}", seconds)
         return seconds
+
+    def await_spare(self) -> None:
+        """Until no node is avoided any more for what has happened there before."""
+        self.training.wait("a spare", lambda s: not s.status.get("excludedNodes"), PATIENCE_S)
 
     def steps_on(self, count: int = 20) -> None:
         """Wait for more steps."""
@@ -176,7 +170,7 @@ def test_a_blip_of_the_network_costs_nothing(subject: Subject) -> None:
 
 
 def test_a_lost_node_is_replaced_elsewhere_and_comes_back_without_harm(subject: Subject) -> None:
-    slot = subject.slot_away_from_the_operator()
+    slot = subject.stage.slot_away_from_the_operator()
     node = subject.stage.node_of(slot)
     try:
         subject.suffer("power-off", slot)
@@ -188,7 +182,7 @@ def test_a_lost_node_is_replaced_elsewhere_and_comes_back_without_harm(subject: 
 
 
 def test_a_partitioned_node_finds_its_pods_gone(subject: Subject) -> None:
-    slot = subject.slot_away_from_the_operator()
+    slot = subject.stage.slot_away_from_the_operator()
     node, uid = subject.stage.node_of(slot), subject.uids()[str(slot)]
     try:
         subject.suffer("partition", slot)
@@ -205,7 +199,7 @@ def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
     nodes = {subject.stage.node_of(slot) for slot in range(WORKERS)}
     away = sorted(nodes - {subject.operator.pod()["spec"]["nodeName"]})[:2]
     entries = sum(subject.now.status["restarts"].values())
-    injection = subject.begun()
+    injection = subject.stage.begun()
     for node in away:
         subject.cluster.power_off(node)
     subject.recovered("two nodes at once", injection)
@@ -229,7 +223,7 @@ def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) 
 
 def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:
     node = _leading_beside_a_worker(subject)
-    injection = subject.begun()
+    injection = subject.stage.begun()
     subject.cluster.power_off(node)
     wait_until(
         lambda: _leading_on(subject) != node, "the other replica to lead", timeout_s=PATIENCE_S
@@ -244,13 +238,15 @@ def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject)
 
 
 def _leading_beside_a_worker(subject: Subject) -> str:
-    """Node of the leading replica and of a worker; of two replicas one at least is on such."""
-    workers = {subject.stage.node_of(slot) for slot in range(WORKERS)}
-    if _leading_on(subject) not in workers:
-        name = subject.operator.pod()["metadata"]["name"]
-        subject.cluster.kubectl("-n", subject.operator.namespace, "delete", "pod", name)
-        wait_until(lambda: _leading_on(subject) in workers, "the other", timeout_s=PATIENCE_S)
-    return _leading_on(subject)
+    """Node of the leading replica, where a worker is put if there is none."""
+    node = _leading_on(subject)
+    if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
+        subject.await_spare()
+        others = [other for other in subject.cluster.nodes() if other != node]
+        subject.cluster.kubectl("cordon", *others)
+        subject.suffer("delete-pod", 0)
+        subject.cluster.kubectl("uncordon", *others)
+    return node
 
 
 def _leading_on(subject: Subject) -> str:
@@ -266,7 +262,7 @@ def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) ->
 
 def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
     node, budgets = subject.stage.node_of(2), subject.now.status.get("failures")
-    injection = subject.begun()
+    injection = subject.stage.begun()
     subject.cluster.drain(node)
     subject.recovered("drain", injection)
     subject.cluster.uncordon(node)
@@ -285,10 +281,9 @@ def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
 
 
 def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> None:
-    # What happened before has left nodes that are still avoided.
-    subject.training.wait("a spare", lambda s: not s.status.get("excludedNodes"), PATIENCE_S)
+    subject.await_spare()
     node = subject.stage.node_of(1)
-    injection = subject.begun()
+    injection = subject.stage.begun()
     _say_of(subject.cluster, node, "GpuUnhealthy", "True", "XID 79: the GPU has fallen off the bus")
     subject.recovered("node condition GpuUnhealthy", injection)
     assert (subject.last["reason"], subject.last["node"]) == ("NodeFault", node)

@@ -6,7 +6,7 @@ import time
 
 from e2e import install, soak
 from e2e.clusters.interface import Cluster
-from e2e.conftest import Undisturbed
+from e2e.conftest import UNDISTURBED_STEPS, UndisturbedRun
 from e2e.report import Report
 from e2e.training import Training
 
@@ -17,10 +17,10 @@ def test_random_faults_do_not_change_the_result(
     cluster: Cluster,
     operator: install.Release,
     namespace: str,
-    undisturbed: Undisturbed,
+    undisturbed: UndisturbedRun,
     report: Report,
 ) -> None:
-    training = Training(cluster, soak.manifest("soak", undisturbed.steps), namespace)
-    result = soak.soak(training, operator, soak.plan(OPTIONS), undisturbed.loss)
+    training = Training(cluster, soak.manifest("soak", UNDISTURBED_STEPS), namespace)
+    result = soak.soak(training, operator, soak.plan(OPTIONS), undisturbed.result)
     report.text(f"soak, seed {OPTIONS.seed}", result.text())
     assert result.passed, f"seed {OPTIONS.seed}\n{result.text()}"

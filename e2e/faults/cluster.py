@@ -12,7 +12,7 @@ from typing import Any
 from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.faults.drive import Injection, RealTime, Version
-from e2e.faults.plan import Fault
+from e2e.faults.plan import Fault, Moment
 from e2e.faults.processes import ranks
 from e2e.faults.recoveries import recovery_s
 from e2e.training import Training
@@ -75,6 +75,11 @@ class ClusterStage(RealTime):
         else:
             self.cluster.heal(node)
 
+    def begun(self) -> Injection:
+        """Something that a plan has no kind for goes wrong from now on."""
+        fault = Fault(at=Moment(seconds=0), kind="delete-pod")
+        return Injection(fault, time.monotonic(), self.versions()[-1].status["generation"])
+
     def recovered(self, injection: Injection, name: str, timeout_s: float) -> float:
         """Wait for the first new step after a fault; the seconds between."""
 
@@ -85,6 +90,12 @@ class ClusterStage(RealTime):
         seconds = known()
         assert seconds is not None
         return seconds
+
+    def slot_away_from_the_operator(self) -> int:
+        """A slot whose node may be lost without the operator that leads."""
+        leader = self.operator.pod()["spec"]["nodeName"]
+        slots = range(self.training.manifest["spec"]["workers"]["replicas"])
+        return next(slot for slot in slots if self.node_of(slot) not in ("", leader))
 
     def _pod(self, slot: int) -> dict[str, Any] | None:
         for pod in self.training.live_pods():

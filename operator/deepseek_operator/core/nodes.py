@@ -31,24 +31,46 @@ EXCLUDED_LIMIT = 32
 def blame(s: Situation, failure: Failure) -> list[NodeRecord]:
     """The records of nodes after this failure."""
     records = [r for r in s.status.nodes if not _is_forgotten(s, r)]
-    known = next((r for r in records if r.name == failure.node), None)
     weight = _weight(failure)
-    lost = failure.reason == NODE_LOST
-    if not failure.node or not (weight or lost):
+    if not failure.node or not weight:
         return records
+    known = _known(records, failure.node)
     offences = weight + (_offences(s, known) if known else 0.0)
-    until_s = s.now_s + LOST_AT_LEAST_S if lost else 0.0
+    until_s = 0.0
     if offences >= AVOIDED_FROM:
-        until_s = max(until_s, s.now_s + HALF_LIFE_S * math.log2(offences / AVOIDED_TO))
+        until_s = s.now_s + HALF_LIFE_S * math.log2(offences / AVOIDED_TO)
     record = NodeRecord(
         name=failure.node,
         reason=failure.reason,
         offences=round(offences, 3),
         time=rfc3339(s.now_s),
         avoid_until=rfc3339(until_s) if until_s else None,
-        tolerated=bool(known and known.tolerated and not lost),
+        tolerated=bool(known and known.tolerated),
     )
-    return [*(r for r in records if r is not known), record][-RECORDS_LIMIT:]
+    return _with(records, record)
+
+
+def losing(
+    s: Situation, status: DeepSeekTrainingStatus, names: Iterable[str]
+) -> DeepSeekTrainingStatus:
+    """The status in which these nodes are lost: the scheduler takes them for good for a while."""
+    records = status.nodes
+    for name in sorted(set(names)):
+        known = _known(records, name)
+        if known and known.reason == NODE_LOST and not known.tolerated and _is_avoided(s, known):
+            continue
+        until_s = s.now_s + LOST_AT_LEAST_S
+        if known and known.avoid_until:
+            until_s = max(until_s, seconds(known.avoid_until))
+        record = NodeRecord(
+            name=name,
+            reason=NODE_LOST,
+            offences=round(_offences(s, known), 3) if known else 0.0,
+            time=rfc3339(s.now_s),
+            avoid_until=rfc3339(until_s),
+        )
+        records = _with(records, record)
+    return status.model_copy(update={"nodes": records})
 
 
 def excluded(s: Situation, status: DeepSeekTrainingStatus) -> list[ExcludedNode]:
@@ -76,7 +98,7 @@ def is_troubled(s: Situation, pod: PodView) -> bool:
 def must_leave(s: Situation, pod: PodView) -> str:
     """Why a pod should leave its node; empty if it may stay. A lost node is another matter."""
     node = s.observed.nodes.get(pod.node)
-    record = next((r for r in s.status.nodes if r.name == pod.node), None)
+    record = _known(s.status.nodes, pod.node)
     if node is None or (record and record.tolerated):
         return ""
     if is_troubled(s, pod):
@@ -125,6 +147,14 @@ def wait_s(s: Situation, status: DeepSeekTrainingStatus) -> float | None:
     """Seconds until the next node may be used again for the time alone; None if there is none."""
     ends = [seconds(r.avoid_until) - s.now_s for r in status.nodes if r.avoid_until]
     return min((left_s for left_s in ends if left_s > 0), default=None)
+
+
+def _known(records: list[NodeRecord], name: str) -> NodeRecord | None:
+    return next((r for r in records if r.name == name), None)
+
+
+def _with(records: list[NodeRecord], record: NodeRecord) -> list[NodeRecord]:
+    return [*(r for r in records if r.name != record.name), record][-RECORDS_LIMIT:]
 
 
 def _weight(failure: Failure) -> float:

@@ -135,6 +135,7 @@ def _events(
 ) -> tuple[Event, ...]:
     """What changed between two statuses, for `kubectl describe`."""
     known = {h.time + h.reason for h in before.history}
+    new = [entry for entry in after.history if entry.time + entry.reason not in known]
     found = [
         Event(
             type="Normal" if entry.failure_class == "voluntary" else "Warning",
@@ -142,10 +143,10 @@ def _events(
             message=entry.message or entry.reason,
             at_s=now_s,
         )
-        for entry in after.history
-        if entry.time + entry.reason not in known
+        for entry in new
     ]
     avoided = {n.name for n in before.excluded_nodes}
+    lost = {entry.node for entry in new if entry.reason == NODE_LOST}  # their event says it
     found += [
         Event(
             type="Warning",
@@ -154,7 +155,7 @@ def _events(
             at_s=now_s,
         )
         for n in after.excluded_nodes
-        if n.name not in avoided and n.reason != NODE_LOST  # which has its own event
+        if n.name not in avoided | lost
     ]
     slow = {(one.rank, one.pod) for one in before.stragglers}
     found += [

@@ -34,8 +34,10 @@ def account(s: Situation) -> Plan | None:
     if news and s.in_state("vacant") and not s.observed.refused:
         # A cache that lags may hide a living pod of this attempt: no new attempt before it shows.
         return None
+    nodes_lost = [slot.pod.node for slot in lost if slot.pod]
     if not news:
-        return _forget(s, lost) if lost else None
+        after = nodes.losing(s, s.status, nodes_lost)
+        return replace(_forget(s, lost), status=after) if lost else None
     failure = min((_classify(s, pod) for pod in news), key=lambda f: f.severity)
     if len(news) > 1:
         failure = _together(failure, len(news))
@@ -43,6 +45,7 @@ def account(s: Situation) -> Plan | None:
     after = after.model_copy(update={"attempt": after.attempt + 1})
     if last := failures.verdict(s, failure, after):
         return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
+    after = nodes.losing(s, after, nodes_lost)
     forgotten = _forget(s, lost)
     return Plan(
         status=after,

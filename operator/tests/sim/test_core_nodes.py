@@ -213,6 +213,26 @@ def test_the_mildest_of_several_bad_nodes_is_used_again():
     assert tolerated(training) == ["n1"], "the other only if that does not help"
 
 
+def test_every_node_of_one_failure_is_avoided():
+    training = case(replicas=3).silent(1).silent(2).written()
+    assert avoided(training) == ["n1", "n2"]
+    assert [entry.node for entry in training.status.history] == ["n1"]
+
+
+def test_a_node_that_is_noticed_a_moment_after_another_is_avoided_and_costs_nothing_more():
+    training = case(replicas=3).silent(1).written()
+    del training.members[training.pods.pop(1).uid]
+    training.started(1, attempt=2).joining(0).knows(membership=None).silent(2)
+    decided = training.plan()
+    assert deleted(decided) == [("mini-2-1", 0)]
+    assert [e.message for e in decided.events] == ["new worker pods avoid node n2: NodeLost"]
+    training.written()
+    assert avoided(training) == ["n1", "n2"]
+    assert training.status.restarts.counted == 1
+    again = training.plan()  # a cache that lags still shows the pod
+    assert (again.status, deleted(again)) == (None, [("mini-2-1", 0)])
+
+
 def test_a_lost_node_is_not_tolerated():
     training = case().silent(1).written()
     assert tolerated(unschedulable(training)) == []
@@ -220,6 +240,7 @@ def test_a_lost_node_is_not_tolerated():
 
 def test_a_node_that_was_lost_long_ago_and_is_about_to_go_is_used_when_there_is_no_other():
     training = case().silent(1).written()
+    del training.members[training.pods.pop(1).uid]
     training.now_s += 61
     faulty(training, fault="", leaving="karpenter.sh/disrupted")
     training.status = training.plan().status
