@@ -25,7 +25,7 @@ from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import Injection, Version, drive
 from e2e.faults.local import LocalStage
 from e2e.faults.plan import FaultPlan, Kind, random_plan
-from e2e.faults.recoveries import histogram, recovery_s
+from e2e.faults.recoveries import SLOW_S, histogram, recovery_s, story
 from e2e.report import Report, this_machine
 from e2e.training import Training
 
@@ -98,11 +98,17 @@ class Result:
             + ("no new generation" if cost is None else f"new step after {cost:.1f} s")
             for i, (_, cost) in zip(self.injections, costs, strict=True)
         ]
+        slow = [
+            f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
+            for i, (_, cost) in zip(self.injections, costs, strict=True)
+            if cost is not None and cost > SLOW_S
+        ]
         # What training does not notice has no recovery.
         noticed = [(kind, cost) for kind, cost in costs if kind != "kill-operator"]
         return "\n".join(
             [
                 *lines,
+                *slow,
                 "",
                 histogram(noticed),
                 "",

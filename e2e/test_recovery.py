@@ -20,6 +20,7 @@ from e2e.clusters.shell import wait_until
 from e2e.faults.cluster import ClusterStage
 from e2e.faults.drive import Injection, injected
 from e2e.faults.plan import Fault, Kind, Moment
+from e2e.faults.recoveries import SLOW_S, story
 from e2e.report import Report
 from e2e.soak import WORKERS, manifest
 from e2e.training import Seen, Training
@@ -72,6 +73,8 @@ class Subject:
     def recovered(self, name: str, injection: Injection) -> float:
         seconds = self.stage.recovered(injection, name, PATIENCE_S)
         self.report.time(f"recovery: {name}", seconds)
+        if seconds > SLOW_S:
+            self.report.text(f"why {name} took long", story(injection, self.stage.versions()))
         return seconds
 
     def await_spare(self) -> None:
@@ -222,6 +225,7 @@ def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) 
 
 
 def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:
+    subject.await_spare()
     node = _leading_beside_a_worker(subject)
     injection = subject.stage.begun()
     subject.cluster.power_off(node)
@@ -235,22 +239,6 @@ def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject)
     subject.cluster.power_on(node)
     _ready(subject.cluster, node)
     subject.suffer("kill-process", 0)
-
-
-def _leading_beside_a_worker(subject: Subject) -> str:
-    """Node of the leading replica, where a worker is put if there is none."""
-    node = _leading_on(subject)
-    if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
-        subject.await_spare()
-        others = [other for other in subject.cluster.nodes() if other != node]
-        subject.cluster.kubectl("cordon", *others)
-        subject.suffer("delete-pod", 0)
-        subject.cluster.kubectl("uncordon", *others)
-    return node
-
-
-def _leading_on(subject: Subject) -> str:
-    return str(subject.operator.pod()["spec"]["nodeName"])
 
 
 def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) -> None:
@@ -294,3 +282,18 @@ def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> No
 
 def _ready(cluster: Cluster, node: str) -> None:
     cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
+
+
+def _leading_beside_a_worker(subject: Subject) -> str:
+    """Node of the leading replica, where a worker is put if there is none."""
+    node = _leading_on(subject)
+    if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
+        others = [other for other in subject.cluster.nodes() if other != node]
+        subject.cluster.kubectl("cordon", *others)
+        subject.suffer("delete-pod", 0)
+        subject.cluster.kubectl("uncordon", *others)
+    return node
+
+
+def _leading_on(subject: Subject) -> str:
+    return str(subject.operator.pod()["spec"]["nodeName"])

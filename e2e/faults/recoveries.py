@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from e2e.faults.drive import Injection, Version
+
+SLOW_S: Final = 20.0  # a recovery that takes longer breaks what docs/recovery.md promises
 
 
 def recovery_s(injection: Injection, versions: Sequence[Version]) -> float | None:
@@ -22,6 +25,23 @@ def recovery_s(injection: Injection, versions: Sequence[Version]) -> float | Non
         if recovered and status.get("phase") in ("Running", "Complete"):
             return version.at_s - injection.at_s
     return None
+
+
+def story(injection: Injection, versions: Sequence[Version]) -> str:
+    """What the status said from a fault to the first new step, a line per change."""
+    cost_s = recovery_s(injection, versions)
+    end_s = math.inf if cost_s is None else injection.at_s + cost_s
+    lines, last = [], ""
+    for version in versions:
+        status = version.status
+        excluded = ", ".join(node["name"] for node in status.get("excludedNodes", []))
+        said = f"{status.get('phase')}, generation {status.get('generation')}: "
+        said += status.get("summary", {}).get("message", "")
+        said += f" [avoids {excluded}]" if excluded else ""
+        if injection.at_s <= version.at_s <= end_s and said != last:
+            lines.append(f"{version.at_s - injection.at_s:6.1f} s  {said}")
+            last = said
+    return "\n".join(lines)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
