@@ -101,7 +101,7 @@ class Result:
         slow = [
             f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
             for i, (_, cost) in zip(self.injections, costs, strict=True)
-            if cost is not None and cost > SLOW_S
+            if cost is not None and cost > SLOW_S and i.fault.kind != "kill-operator"
         ]
         # What training does not notice has no recovery.
         noticed = [(kind, cost) for kind, cost in costs if kind != "kill-operator"]

@@ -52,7 +52,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
 
     told, expected = soak.losses(stage.versions()), undisturbed.result().losses
     both = told.keys() & expected.keys()
-    assert len(both) >= 20, "enough of the curve to compare"
+    assert len(both) >= 8, "both statuses told of enough of the same steps"
     assert {s: told[s] for s in both} == pytest.approx({s: expected[s] for s in both}, abs=1e-3)
 
 

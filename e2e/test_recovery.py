@@ -78,8 +78,12 @@ class Subject:
         return seconds
 
     def await_spare(self) -> None:
-        """Until no node is avoided any more for what has happened there before."""
-        self.training.wait("a spare", lambda s: not s.status.get("excludedNodes"), PATIENCE_S)
+        """Until nodes that were lost before may be used again."""
+
+        def spare(seen: Seen) -> bool:
+            return all(n["reason"] != "NodeLost" for n in seen.status.get("excludedNodes", []))
+
+        self.training.wait("a spare", spare, PATIENCE_S)
 
     def steps_on(self, count: int = 20) -> None:
         """Wait for more steps."""
@@ -224,23 +228,6 @@ def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) 
     assert subject.now.status["history"] == entries
 
 
-def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:
-    subject.await_spare()
-    node = _leading_beside_a_worker(subject)
-    injection = subject.stage.begun()
-    subject.cluster.power_off(node)
-    wait_until(
-        lambda: _leading_on(subject) != node, "the other replica to lead", timeout_s=PATIENCE_S
-    )
-    leads_s = time.monotonic() - injection.at_s
-    subject.report.time("recovery: the operator's node, another leads", leads_s)
-    subject.recovered("the operator's node, and a worker's", injection)
-    assert (subject.last["reason"], subject.last["node"]) == ("NodeLost", node)
-    subject.cluster.power_on(node)
-    _ready(subject.cluster, node)
-    subject.suffer("kill-process", 0)
-
-
 def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) -> None:
     """Set a condition of a node, as a health check does."""
     condition = {"type": kind, "status": value, "reason": "Test", "message": message}
@@ -258,16 +245,6 @@ def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
     assert subject.stage.node_of(2) != node
 
 
-def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
-    generation, uids, step = subject.generation, subject.uids(), subject.now.step
-    subject.cluster.pause_api_server()
-    time.sleep(60.0)  # the outage itself
-    subject.cluster.resume_api_server()
-    subject.training.wait_step(step + 50, PATIENCE_S)
-    subject.steps_on()
-    assert (subject.generation, subject.uids()) == (generation, uids)
-
-
 def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> None:
     subject.await_spare()
     node = subject.stage.node_of(1)
@@ -278,6 +255,33 @@ def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> No
     assert subject.stage.node_of(1) not in ("", node)
     assert node in {n["name"] for n in subject.now.status["excludedNodes"]}
     _say_of(subject.cluster, node, "GpuUnhealthy", "False", "")
+
+
+def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
+    generation, uids, step = subject.generation, subject.uids(), subject.now.step
+    subject.cluster.pause_api_server()
+    time.sleep(60.0)  # the outage itself
+    subject.cluster.resume_api_server()
+    subject.training.wait_step(step + 50, PATIENCE_S)
+    subject.steps_on()
+    assert (subject.generation, subject.uids()) == (generation, uids)
+
+
+def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:
+    subject.await_spare()
+    node = _leading_beside_a_worker(subject)
+    injection = subject.stage.begun()
+    subject.cluster.power_off(node)
+    wait_until(
+        lambda: _leading_on(subject) != node, "the other replica to lead", timeout_s=PATIENCE_S
+    )
+    leads_s = time.monotonic() - injection.at_s
+    subject.report.time("recovery: the operator's node, another leads", leads_s)
+    subject.recovered("the operator's node, and a worker's", injection)
+    assert (subject.last["reason"], subject.last["node"]) == ("NodeLost", node)
+    subject.cluster.power_on(node)
+    _ready(subject.cluster, node)
+    subject.suffer("kill-process", 0)
 
 
 def _ready(cluster: Cluster, node: str) -> None:

@@ -173,7 +173,7 @@ def _names(cluster: Cluster, namespace: str, kinds: str) -> list[str]:
 
 
 def test_two_trainings_at_once_both_complete(make_training: MakeTraining) -> None:
-    short: dict[str, Any] = {"training": {"total": {"tokens": 100_000}}}
+    short: dict[str, Any] = {"training": {"total": {"tokens": 51_200}}}
     both = [make_training("left", **short), make_training("right", **short)]
     for training in both:
         training.apply()

@@ -59,15 +59,12 @@ def losing(
         known = _known(records, name)
         if known and known.reason == NODE_LOST and not known.tolerated and _is_avoided(s, known):
             continue
-        until_s = s.now_s + LOST_AT_LEAST_S
-        if known and known.avoid_until:
-            until_s = max(until_s, seconds(known.avoid_until))
         record = NodeRecord(
             name=name,
             reason=NODE_LOST,
             offences=round(_offences(s, known), 3) if known else 0.0,
             time=rfc3339(s.now_s),
-            avoid_until=rfc3339(until_s),
+            avoid_until=rfc3339(s.now_s + LOST_AT_LEAST_S),
         )
         records = _with(records, record)
     return status.model_copy(update={"nodes": records})

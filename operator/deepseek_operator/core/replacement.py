@@ -34,7 +34,8 @@ def account(s: Situation) -> Plan | None:
     if news and s.in_state("vacant") and not s.observed.refused:
         # A cache that lags may hide a living pod of this attempt: no new attempt before it shows.
         return None
-    nodes_lost = [slot.pod.node for slot in lost if slot.pod]
+    # A cache that lags shows for a while what was lost, or had failed, before.
+    nodes_lost = [slot.pod.node for slot in lost if slot.pod and slot.pod.name not in s.told]
     if not news:
         after = nodes.losing(s, s.status, nodes_lost)
         return replace(_forget(s, lost), status=after) if lost else None
