@@ -25,9 +25,10 @@ def prepare(plan: Plan, state: State, node: str) -> None:
 
 
 def start_containerd(plan: Plan, state: State, node: str) -> None:
-    """Start containerd and wait until it answers; needs no API server."""
+    """Start containerd and wait until a kubelet can use it; needs no API server."""
     cgroups.make(plan.place(node))
     log = state.log(f"{node}-containerd")
+    before = log.stat().st_size if log.exists() else 0
     start(
         "containerd",
         "--config",
@@ -35,8 +36,13 @@ def start_containerd(plan: Plan, state: State, node: str) -> None:
         log=log,
         namespace=plan.place(node),
     )
-    socket = state.socket(node)
-    wait_ready("containerd", state.node(node), log, lambda: imagestore.containerd_answers(socket))
+
+    def ready() -> bool:
+        # It answers before it has looked through its images, which may take ten seconds, and a
+        # kubelet that comes in that time ends. The last thing it then does is told in its log only.
+        return b"Start streaming server" in log.read_bytes()[before:]
+
+    wait_ready("containerd", state.node(node), log, ready)
 
 
 def start_kubelet(plan: Plan, state: State, programs: Path, node: str) -> None:
