@@ -42,6 +42,10 @@ class Release:
         wait_until(leads, "an operator that leads", timeout_s=30)
         return found[0]
 
+    def node(self) -> str:
+        """Where the operator that leads is."""
+        return str(self.pod()["spec"]["nodeName"])
+
     def _leaders(self) -> list[dict[str, Any]]:
         """The pod whose name is in the Lease, unless it is being deleted."""
         where = ("-n", self.namespace, "get", "--ignore-not-found", "-o", "json")

@@ -92,25 +92,25 @@ class Result:
 
     def text(self) -> str:
         """The faults, the histogram and the losses."""
-        costs = [(i.fault.kind, recovery_s(i, self.versions)) for i in self.injections]
+        costs = [(i, recovery_s(i, self.versions)) for i in self.injections]
         lines = [
             f"{i.fault.kind:<16} slot {i.fault.slot}  "
             + ("no new generation" if cost is None else f"new step after {cost:.1f} s")
-            for i, (_, cost) in zip(self.injections, costs, strict=True)
-        ]
-        slow = [
-            f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
-            for i, (_, cost) in zip(self.injections, costs, strict=True)
-            if cost is not None and cost > SLOW_S and i.fault.kind != "kill-operator"
+            for i, cost in costs
         ]
         # What training does not notice has no recovery.
-        noticed = [(kind, cost) for kind, cost in costs if kind != "kill-operator"]
+        noticed = [(i, cost) for i, cost in costs if i.fault.kind != "kill-operator"]
+        slow = [
+            f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
+            for i, cost in noticed
+            if cost is not None and cost > SLOW_S
+        ]
         return "\n".join(
             [
                 *lines,
                 *slow,
                 "",
-                histogram(noticed),
+                histogram((i.fault.kind, cost) for i, cost in noticed),
                 "",
                 f"{len(self.injections)} faults in {self.minutes:.1f} minutes; "
                 f"{self.last['phase']} at step {self.last['progress']['step']}",

@@ -48,7 +48,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
     training.delete()
     training.close()
     cluster.power_on(node)
-    cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
+    cluster.wait_ready(node)
 
     told, expected = soak.losses(stage.versions()), undisturbed.result().losses
     both = told.keys() & expected.keys()

@@ -185,7 +185,7 @@ def test_a_lost_node_is_replaced_elsewhere_and_comes_back_without_harm(subject: 
         assert subject.stage.node_of(slot) != node
     finally:
         subject.cluster.power_on(node)
-        _ready(subject.cluster, node)
+        subject.cluster.wait_ready(node)
 
 
 def test_a_partitioned_node_finds_its_pods_gone(subject: Subject) -> None:
@@ -196,7 +196,7 @@ def test_a_partitioned_node_finds_its_pods_gone(subject: Subject) -> None:
         generation = subject.generation
     finally:
         subject.cluster.heal(node)
-        _ready(subject.cluster, node)
+        subject.cluster.wait_ready(node)
     subject.steps_on()
     assert subject.generation == generation, "the old pod ended nothing"
     assert uid not in {p["metadata"]["uid"] for p in subject.training.live_pods()}
@@ -204,7 +204,7 @@ def test_a_partitioned_node_finds_its_pods_gone(subject: Subject) -> None:
 
 def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
     nodes = {subject.stage.node_of(slot) for slot in range(WORKERS)}
-    away = sorted(nodes - {subject.operator.pod()["spec"]["nodeName"]})[:2]
+    away = sorted(nodes - {subject.operator.node()})[:2]
     entries = sum(subject.now.status["restarts"].values())
     injection = subject.stage.begun()
     for node in away:
@@ -213,7 +213,7 @@ def test_two_nodes_at_once_are_one_failure(subject: Subject) -> None:
     assert sum(subject.now.status["restarts"].values()) == entries + 1
     for node in away:
         subject.cluster.power_on(node)
-        _ready(subject.cluster, node)
+        subject.cluster.wait_ready(node)
 
 
 def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) -> None:
@@ -273,31 +273,23 @@ def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject)
     injection = subject.stage.begun()
     subject.cluster.power_off(node)
     wait_until(
-        lambda: _leading_on(subject) != node, "the other replica to lead", timeout_s=PATIENCE_S
+        lambda: subject.operator.node() != node, "the other replica to lead", timeout_s=PATIENCE_S
     )
     leads_s = time.monotonic() - injection.at_s
     subject.report.time("recovery: the operator's node, another leads", leads_s)
     subject.recovered("the operator's node, and a worker's", injection)
     assert (subject.last["reason"], subject.last["node"]) == ("NodeLost", node)
     subject.cluster.power_on(node)
-    _ready(subject.cluster, node)
+    subject.cluster.wait_ready(node)
     subject.suffer("kill-process", 0)
-
-
-def _ready(cluster: Cluster, node: str) -> None:
-    cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
 
 
 def _leading_beside_a_worker(subject: Subject) -> str:
     """Node of the leading replica, where a worker is put if there is none."""
-    node = _leading_on(subject)
+    node = subject.operator.node()
     if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
         others = [other for other in subject.cluster.nodes() if other != node]
         subject.cluster.kubectl("cordon", *others)
         subject.suffer("delete-pod", 0)
         subject.cluster.kubectl("uncordon", *others)
     return node
-
-
-def _leading_on(subject: Subject) -> str:
-    return str(subject.operator.pod()["spec"]["nodeName"])

@@ -85,7 +85,7 @@ def test_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
 ) -> None:
     training = make_training("powerloss")
     training.apply()
-    operator_node = operator.pod()["spec"]["nodeName"]
+    operator_node = operator.node()
     training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
     victim = next(p for p in training.live_pods() if p["spec"]["nodeName"] != operator_node)
     node = victim["spec"]["nodeName"]
@@ -111,7 +111,7 @@ def test_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
     total = finished.status["progress"]["totalSteps"]
     assert_continuous(training.steps(rank_zero(training)), entry["resumedStep"], total)
     assert finished.status["progress"]["loss"] == pytest.approx(undisturbed_loss["mini"], abs=1e-3)
-    cluster.kubectl("wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100)
+    cluster.wait_ready(node)
     assert not [p for p in training.live_pods() if p["spec"].get("nodeName") == node]
 
 

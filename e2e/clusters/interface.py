@@ -36,7 +36,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def is_up(self) -> bool:
-        """Whether `up` has completed and `down` has not begun."""
+        """Whether `up` has completed, `down` has not begun, and it still runs."""
 
     @abstractmethod
     def up(self, nodes: int) -> None:
@@ -113,6 +113,12 @@ class Cluster(ABC):
     def shell_exports(self) -> str:
         """`exports` as lines for a shell's `eval`."""
         return "\n".join(f"export {k}={shlex.quote(v)}" for k, v in self.exports().items())
+
+    def wait_ready(self, node: str) -> None:
+        """Wait until Kubernetes calls a node Ready, as after it was switched on."""
+        self.kubectl(
+            "wait", f"node/{node}", "--for=condition=Ready", "--timeout=90s", timeout_s=100
+        )
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 60) -> str:
         """Standard output of `kubectl` as administrator; ClusterError with its words on failure."""

@@ -93,7 +93,7 @@ class ClusterStage(RealTime):
 
     def slot_away_from_the_operator(self) -> int:
         """A slot whose node may be lost without the operator that leads."""
-        leader = self.operator.pod()["spec"]["nodeName"]
+        leader = self.operator.node()
         slots = range(self.training.manifest["spec"]["workers"]["replicas"])
         return next(slot for slot in slots if self.node_of(slot) not in ("", leader))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dstrain_api.constants import TAINT_SUSPECT
+from dstrain_api.status import DeepSeekTrainingStatus
 
 from deepseek_operator.core import evidence, failures, nodes
 from deepseek_operator.core.evidence import Failure
@@ -34,11 +35,8 @@ def account(s: Situation) -> Plan | None:
     if news and s.in_state("vacant") and not s.observed.refused:
         # A cache that lags may hide a living pod of this attempt: no new attempt before it shows.
         return None
-    # A cache that lags shows for a while what was lost, or had failed, before.
-    nodes_lost = [slot.pod.node for slot in lost if slot.pod and slot.pod.name not in s.told]
     if not news:
-        after = nodes.losing(s, s.status, nodes_lost)
-        return replace(_forget(s, lost), status=after) if lost else None
+        return replace(_forget(s, lost), status=_avoiding(s, s.status, lost)) if lost else None
     failure = min((_classify(s, pod) for pod in news), key=lambda f: f.severity)
     if len(news) > 1:
         failure = _together(failure, len(news))
@@ -46,7 +44,7 @@ def account(s: Situation) -> Plan | None:
     after = after.model_copy(update={"attempt": after.attempt + 1})
     if last := failures.verdict(s, failure, after):
         return Plan(status=finish(s, after, "Failed", last.reason, last.message), stop=True)
-    after = nodes.losing(s, after, nodes_lost)
+    after = _avoiding(s, after, lost)
     forgotten = _forget(s, lost)
     return Plan(
         status=after,
@@ -231,6 +229,17 @@ def _forget(s: Situation, lost: tuple[Slot, ...]) -> Plan:
         end_generation=_end_if_member(s, pods),
         deletes=tuple(PodDelete(name=p.name, uid=p.uid, grace_s=0) for p in pods),
     )
+
+
+def _avoiding(
+    s: Situation, status: DeepSeekTrainingStatus, lost: tuple[Slot, ...]
+) -> DeepSeekTrainingStatus:
+    """The status in which new pods avoid the nodes of these lost ones.
+
+    A cache that lags shows for a while what was lost, or had failed, before: that says nothing.
+    """
+    names = [slot.pod.node for slot in lost if slot.pod and slot.pod.name not in s.told]
+    return nodes.losing(s, status, names)
 
 
 def _end_if_member(s: Situation, pods: list[PodView]) -> int | None:
