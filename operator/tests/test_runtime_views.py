@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from deepseek_operator.core.clock import seconds
 from deepseek_operator.runtime.views import node_view, pod_view, training_view
 
 
@@ -176,7 +177,8 @@ def test_node_is_ready_only_when_it_says_so(status: str | None, ready: bool) -> 
 
 
 def test_node_says_what_is_broken_that_it_leaves_and_that_it_is_off() -> None:
-    ready = {"type": "Ready", "status": "True"}
+    came = {"lastTransitionTime": "2026-01-01T00:00:07Z"}
+    ready = {"type": "Ready", "status": "True", **came}
     xid = {"type": "SysLogsXIDError", "status": "True", "message": "[79] fell off the bus"}
 
     def view(conditions: list[Any], *keys: str) -> Any:
@@ -193,3 +195,4 @@ def test_node_says_what_is_broken_that_it_leaves_and_that_it_is_off() -> None:
     assert view([ready], "cloud.google.com/impending-node-termination").leaving
     assert not view([ready], "node.kubernetes.io/out-of-service").ready
     assert view([ready]).ready
+    assert view([ready]).ready_since_s == seconds("2026-01-01T00:00:07Z")

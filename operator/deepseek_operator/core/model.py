@@ -102,6 +102,7 @@ class NodeView:
 
     name: str
     ready: bool  # False for NotReady and Unknown
+    ready_since_s: float = 0.0  # seconds since the epoch
     fault: str = ""  # what is broken on it, in its own words
     leaving: str = ""  # the taint that says that it is about to be taken away
 

@@ -107,15 +107,14 @@ def must_leave(s: Situation, pod: PodView) -> str:
 def tolerating(s: Situation, names: Iterable[str], *, count: int) -> DeepSeekTrainingStatus | None:
     """The status in which the mildest of these nodes are used again; None if none may be.
 
-    A lost node cannot be used.
+    A lost node cannot be used before it has come back.
     """
     shunned = {n.name for n in excluded(s, s.status)}
     records = {r.name: r for r in s.status.nodes}
     usable = []
     for name in shunned.intersection(names):
         node, record = s.observed.nodes.get(name), records.get(name)
-        lost = record and record.reason == NODE_LOST and _is_avoided(s, record)
-        if node and node.ready and not lost:
+        if node and node.ready and not (record and _is_lost(s, record, node)):
             usable.append((_badness(node, record), name))
     mildest = [name for _, name in sorted(usable)[:count]]
     if not mildest:
@@ -178,6 +177,15 @@ def _is_avoided(s: Situation, record: NodeRecord) -> bool:
         return True
     node = s.observed.nodes.get(record.name)
     return record.reason == NODE_LOST and node is not None and not node.ready
+
+
+def _is_lost(s: Situation, record: NodeRecord, node: NodeView) -> bool:
+    """Whether nothing says yet that a node has come back since it was lost.
+
+    That it is Ready does not: Kubernetes goes on saying so for most of a minute after a loss.
+    """
+    is_back = node.ready and node.ready_since_s > seconds(record.time)
+    return record.reason == NODE_LOST and _is_avoided(s, record) and not is_back
 
 
 def _is_forgotten(s: Situation, record: NodeRecord) -> bool:

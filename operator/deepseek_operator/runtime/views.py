@@ -99,10 +99,11 @@ def node_view(stored: Object) -> NodeView:
     """A node; one without a Ready condition, as right after its start, is not ready."""
     conditions = (stored.get("status") or {}).get("conditions") or ()
     taints = (stored.get("spec") or {}).get("taints") or ()
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+    ready: Object = next((c for c in conditions if c["type"] == "Ready"), {})
     return NodeView(
         name=stored["metadata"]["name"],
-        ready=ready and not hardware.is_off(taints),
+        ready=ready.get("status") == "True" and not hardware.is_off(taints),
+        ready_since_s=_since(ready),
         fault=hardware.fault(conditions, taints),
         leaving=hardware.leaving(taints),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from deepseek_operator.core.clock import rfc3339
 from deepseek_operator.kube.port import NODES, PODS, TRAININGS, ClusterError, Refused
 from deepseek_operator.local.memory import TERMINAL_PHASES, MemoryCluster
 
@@ -99,6 +100,7 @@ class Node:
     connected: bool = True
     away_since_s: float | None = None
     ready: bool = True  # as the API server shows it
+    changed_s: float = 0.0  # when that became so
     fault: bool = False
     leaving: bool = False
 
@@ -159,7 +161,11 @@ class Kubelets:
         self._show(self.nodes[name])
 
     def _show(self, node: Node) -> None:
-        ready = {"type": "Ready", "status": "True" if node.ready else "Unknown"}
+        ready = {
+            "type": "Ready",
+            "status": "True" if node.ready else "Unknown",
+            "lastTransitionTime": rfc3339(node.changed_s),
+        }
         said = [{"type": "GpuUnhealthy", "status": "True"}] if node.fault else []
         taints = [{"key": "karpenter.sh/disrupted"}] if node.leaving else []
 
@@ -175,7 +181,7 @@ class Kubelets:
         else:
             ready = self.clock() - (node.away_since_s or 0.0) < NOT_READY_AFTER_S and node.ready
         if ready != node.ready:
-            node.ready = ready
+            node.ready, node.changed_s = ready, self.clock()
             self._show(node)
 
     def _schedule(self, pod: dict[str, Any]) -> None:

@@ -238,6 +238,16 @@ def test_a_lost_node_is_not_tolerated():
     assert tolerated(unschedulable(training)) == []
 
 
+def test_a_lost_node_that_has_come_back_is_used_when_there_is_no_other():
+    training = case().silent(1).written()
+    unschedulable(training)
+    training.nodes["n1"] = replace(training.nodes["n1"], ready=False)
+    assert tolerated(training) == []
+    training.nodes["n1"] = NodeView(name="n1", ready=True, ready_since_s=training.now_s + 5)
+    training.now_s += 6
+    assert tolerated(training) == ["n1"]
+
+
 def test_a_node_that_was_lost_long_ago_and_is_about_to_go_is_used_when_there_is_no_other():
     training = case().silent(1).written()
     del training.members[training.pods.pop(1).uid]
