@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import layouts, planning, recovery, saving
+from benchmarks import fleet, layouts, planning, recovery, saving
 from e2e.report import this_machine
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "layouts": layouts.main,
     "saving": saving.main,
     "recovery": recovery.main,
+    "fleet": fleet.main,
 }
 
 

@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,19 @@ def operator(cluster: Cluster, report: Report) -> install.Release:
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
+    with a_namespace(cluster) as name:
+        yield name
+
+
+@contextmanager
+def a_namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of a new name for the block."""
     name = f"test-{uuid.uuid4().hex[:6]}"
     cluster.kubectl("create", "namespace", name)
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    try:
+        yield name
+    finally:
+        cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 UndisturbedRun = Future[soak.Undisturbed]
@@ -100,6 +110,13 @@ def make_training(
     cluster: Cluster, operator: install.Release, namespace: str
 ) -> Iterator[MakeTraining]:
     """Make trainings from examples/mini.yaml, partly replaced; they are gone after the test."""
+    with trainings(cluster, namespace) as make:
+        yield make
+
+
+@contextmanager
+def trainings(cluster: Cluster, namespace: str) -> Iterator[MakeTraining]:
+    """What `make_training` gives, for the block."""
     made: list[Training] = []
 
     def make(name: str, **spec: Any) -> Training:
@@ -110,10 +127,12 @@ def make_training(
         made.append(training)
         return training
 
-    yield make
-    for training in made:
-        training.delete()
-        training.close()
+    try:
+        yield make
+    finally:
+        for training in made:
+            training.delete()
+            training.close()
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -15,23 +15,25 @@ READY_S = 20.0
 
 
 class S3Server:
-    """One server on loopback.
+    """One server at an address of this machine.
 
     Args:
         folder: below it each folder is a bucket, and each file an object.
+        host: where it listens.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._program = programs.ensure_s3_server()
         self._buckets = folder / "buckets"
         self._buckets.mkdir()
         self._log = folder / "server.log"
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             self._port = int(probe.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
         self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
+            "AWS_ENDPOINT_URL": f"http://{host}:{self._port}",
             "AWS_ACCESS_KEY_ID": "tester",
             "AWS_SECRET_ACCESS_KEY": "only-for-this-test",
             "AWS_REGION": "us-east-1",
@@ -51,7 +53,7 @@ class S3Server:
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._program, "--port", f"127.0.0.1:{self._port}", "posix", self._buckets],
+                [self._program, "--port", f"{self._host}:{self._port}", "posix", self._buckets],
                 env={**os.environ, **keys},
                 stdout=log,
                 stderr=log,
@@ -71,7 +73,7 @@ class S3Server:
 
     def _answers(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            socket.create_connection((self._host, self._port), timeout=1).close()
         except OSError:
             return False
         return True

@@ -39,9 +39,10 @@ def test_an_upgrade_rolls_the_operator_and_leaves_a_training_alone(
 def test_trainings_survive_an_uninstall_and_go_on_after_a_new_install(
     make_training: MakeTraining, cluster: Cluster, operator: install.Release
 ) -> None:
-    training = make_training("orphan", training={"total": {"tokens": 204_800}})
+    training = make_training("orphan")
     training.apply()
     training.wait_step(3, 180)
+    uids = {p["metadata"]["uid"] for p in training.live_pods()}
     kept = cluster.kubectl("get", "crd", "deepseektrainings.dstrain.dev", "-o", "name")
     images = _images(cluster)
     install.helm(cluster, "uninstall", install.RELEASE, "-n", install.NAMESPACE, "--wait")
@@ -50,7 +51,8 @@ def test_trainings_survive_an_uninstall_and_go_on_after_a_new_install(
         assert training.kubectl("get", "dst", "orphan", "-o", "name").strip()
     finally:
         install.helm_install(cluster, images)
-    training.wait_complete(300)
+    training.wait_step(training.seen[-1].step + 10, 120)
+    assert {p["metadata"]["uid"] for p in training.live_pods()} == uids
 
 
 def _images(cluster: Cluster) -> dict[str, str]:

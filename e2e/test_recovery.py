@@ -235,6 +235,16 @@ def _say_of(cluster: Cluster, node: str, kind: str, value: str, message: str) ->
     cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch)
 
 
+def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
+    generation, uids, step = subject.generation, subject.uids(), subject.now.step
+    subject.cluster.pause_api_server()
+    time.sleep(60.0)  # the outage itself
+    subject.cluster.resume_api_server()
+    subject.training.wait_step(step + 50, PATIENCE_S)
+    subject.steps_on()
+    assert (subject.generation, subject.uids()) == (generation, uids)
+
+
 def test_a_drained_node_costs_no_budget(subject: Subject) -> None:
     node, budgets = subject.stage.node_of(2), subject.now.status.get("failures")
     injection = subject.stage.begun()
@@ -255,16 +265,6 @@ def test_a_node_with_a_bad_gpu_is_left_before_it_crashes(subject: Subject) -> No
     assert subject.stage.node_of(1) not in ("", node)
     assert node in {n["name"] for n in subject.now.status["excludedNodes"]}
     _say_of(subject.cluster, node, "GpuUnhealthy", "False", "")
-
-
-def test_an_api_server_that_is_away_is_not_noticed(subject: Subject) -> None:
-    generation, uids, step = subject.generation, subject.uids(), subject.now.step
-    subject.cluster.pause_api_server()
-    time.sleep(60.0)  # the outage itself
-    subject.cluster.resume_api_server()
-    subject.training.wait_step(step + 50, PATIENCE_S)
-    subject.steps_on()
-    assert (subject.generation, subject.uids()) == (generation, uids)
 
 
 def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject) -> None:

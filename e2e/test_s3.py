@@ -1,4 +1,7 @@
-"""Checkpoints in a bucket of a real S3 server, with real processes and no cluster."""
+"""Checkpoints in a bucket of a real S3 server, with real processes and no cluster.
+
+A training on a cluster that goes on from its bucket is in test_scenarios.py.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,7 @@ from deepseek_trainer.state.objects import CheckpointBucket
 from deepseek_trainer.state.store import CommitRefused
 from deepseek_trainer.state.verify import Verifier
 
-from e2e.faults.drive import drive
 from e2e.faults.local import LocalStage
-from e2e.faults.plan import Fault, FaultPlan, Moment
 from e2e.s3 import S3Server
 
 MINI = Path(__file__).resolve().parent.parent / "examples" / "mini.yaml"
@@ -282,21 +283,6 @@ def wait_for(holds: Callable[[], bool], within_s: float) -> None:
     while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
-
-
-def test_a_training_whose_pod_is_killed_goes_on_from_the_bucket(
-    objects: Path, tmp_path: Path
-) -> None:
-    stage = LocalStage(training(objects, steps=200, every_steps=20), tmp_path / "run", nodes=2)
-    fault = Fault(at=Moment(step=70), kind="kill-pod", slot=1)
-    with stage.running():
-        assert drive(FaultPlan(faults=[fault]), stage)
-    status = stage.versions()[-1].status
-    assert status["phase"] == "Complete", status
-    (entry,) = status["history"]
-    assert entry["resumedStep"] >= 20
-    assert entry["resumedStep"] % 20 == 0
-    assert status["checkpoint"]["uri"] == f"{uri(objects)}/step-200"
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_loaded(

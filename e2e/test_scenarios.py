@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +17,28 @@ import pytest
 from e2e import install
 from e2e.clusters.interface import Cluster
 from e2e.clusters.shell import wait_until
-from e2e.conftest import MakeTraining
+from e2e.conftest import MakeTraining, a_namespace, trainings
 from e2e.report import Report
-from e2e.training import Seen, Training, with_config_map
+from e2e.s3 import S3Server
+from e2e.training import Seen, Training, with_config_map, with_secret
 
 SHORT: dict[str, Any] = {"training": {"total": {"tokens": 204_800}}}  # a third of the example
 COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
 
 
 @pytest.fixture(scope="module")
-def undisturbed_loss() -> dict[str, float]:
-    """Final loss of the undisturbed run, kept by the first scenario for the others."""
-    return {}
+def short_losses(cluster: Cluster, operator: install.Release) -> tuple[float, ...]:
+    """Final losses of two SHORT trainings side by side, to which nothing happens."""
+    with a_namespace(cluster) as namespace, trainings(cluster, namespace) as make:
+        both = [make("left", **SHORT), make("right", **SHORT)]
+        for training in both:
+            training.apply()
+        return tuple(loss(training.wait_complete(COMPLETE_S)) for training in both)
+
+
+def loss(seen: Seen) -> float:
+    """The last that it reported, in nats per token."""
+    return float(seen.status["progress"]["loss"])
 
 
 def run_marks(report: Report, training: Training) -> None:
@@ -51,7 +63,7 @@ def rank_zero(training: Training) -> str:
 
 
 def test_apply_reaches_complete_and_tells_its_story(
-    make_training: MakeTraining, report: Report, undisturbed_loss: dict[str, float]
+    make_training: MakeTraining, report: Report
 ) -> None:
     training = make_training("mini")
     training.apply()
@@ -70,10 +82,13 @@ def test_apply_reaches_complete_and_tells_its_story(
     assert steps[0][1] - steps[-1][1] >= 1.5, "the model learned"
     assert [s for s, _ in steps] == sorted(s for s, _ in steps)
     assert finished.status["checkpoint"]["step"] == progress["totalSteps"]
-    undisturbed_loss["mini"] = progress["loss"]
     report.text("kubectl get dst while running", columns)
     report.text("kubectl get dst at the end", training.kubectl("get", "dst", "mini"))
     report.time("mini: submit to complete", finished.at_s - training.applied_at_s)
+
+
+def test_two_trainings_at_once_complete_with_one_result(short_losses: tuple[float, ...]) -> None:
+    assert short_losses[0] == pytest.approx(short_losses[1], abs=1e-3)
 
 
 def test_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
@@ -81,9 +96,9 @@ def test_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
     cluster: Cluster,
     operator: install.Release,
     report: Report,
-    undisturbed_loss: dict[str, float],
+    short_losses: tuple[float, ...],
 ) -> None:
-    training = make_training("powerloss")
+    training = make_training("powerloss", **SHORT)
     training.apply()
     operator_node = operator.node()
     training.wait("a commit", lambda s: bool(s.status.get("checkpoint")), 180)
@@ -110,7 +125,7 @@ def test_power_off_of_a_node_resumes_elsewhere_with_the_same_result(
     assert entry["resumedStep"] > 0, "from a checkpoint, not from scratch"
     total = finished.status["progress"]["totalSteps"]
     assert_continuous(training.steps(rank_zero(training)), entry["resumedStep"], total)
-    assert finished.status["progress"]["loss"] == pytest.approx(undisturbed_loss["mini"], abs=1e-3)
+    assert loss(finished) == pytest.approx(short_losses[0], abs=1e-3)
     cluster.wait_ready(node)
     assert not [p for p in training.live_pods() if p["spec"].get("nodeName") == node]
 
@@ -136,7 +151,7 @@ def assert_continuous(steps: list[tuple[int, float]], resumed: int, last: int) -
 
 
 def test_suspend_stops_the_pods_after_a_save_and_resume_goes_on(
-    make_training: MakeTraining,
+    make_training: MakeTraining, short_losses: tuple[float, ...]
 ) -> None:
     training = make_training("pause", **SHORT)
     training.apply()
@@ -148,6 +163,7 @@ def test_suspend_stops_the_pods_after_a_save_and_resume_goes_on(
     assert saved.is_true("Suspended")
     training.patch(suspend=False)
     finished = training.wait_complete(COMPLETE_S)
+    assert loss(finished) == pytest.approx(short_losses[0], abs=1e-3)
     assert finished.status["restarts"]["application"] == 0, "a suspension costs no budget"
     assert finished.status["restarts"]["infrastructure"] == 0
 
@@ -172,15 +188,37 @@ def _names(cluster: Cluster, namespace: str, kinds: str) -> list[str]:
     return out.split()
 
 
-def test_two_trainings_at_once_both_complete(make_training: MakeTraining) -> None:
-    short: dict[str, Any] = {"training": {"total": {"tokens": 51_200}}}
-    both = [make_training("left", **short), make_training("right", **short)]
-    for training in both:
-        training.apply()
-    for training in both:
-        training.wait_complete(COMPLETE_S)
-    losses = [t.seen[-1].status["progress"]["loss"] for t in both]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3), "neighbours do not change the result"
+@pytest.fixture
+def bucket_server(cluster: Cluster, tmp_path: Path) -> Iterator[S3Server]:
+    """An S3 server that pods can reach."""
+    server = S3Server(tmp_path, cluster.host)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_a_training_that_keeps_checkpoints_in_a_bucket_goes_on_from_there(
+    make_training: MakeTraining, bucket_server: S3Server, short_losses: tuple[float, ...]
+) -> None:
+    bucket = bucket_server.bucket("checkpoints")
+    training = make_training(
+        "bucket", **SHORT,
+        checkpoint={"uri": "s3://checkpoints/run-7", "everySteps": 40},
+        workers={"template": with_secret("checkpoint-bucket")},
+    )  # fmt: skip
+    keys = [f"--from-literal={name}={value}" for name, value in bucket_server.environment.items()]
+    training.kubectl("create", "secret", "generic", "checkpoint-bucket", *keys)
+    training.apply()
+    training.wait("a commit", lambda s: _committed(s) >= 40, 180)
+    # What is in memory goes with its pods.
+    training.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
+    finished = training.wait_complete(COMPLETE_S)
+    assert finished.status["history"][-1]["resumedStep"] >= 40
+    assert loss(finished) == pytest.approx(short_losses[0], abs=1e-3)
+    total = finished.status["progress"]["totalSteps"]
+    assert finished.status["checkpoint"]["uri"] == f"s3://checkpoints/run-7/step-{total}"
+    assert (bucket / "run-7" / f"step-{total}" / "manifest.json").exists()
+    assert not training.kubectl("get", "pvc", "-o", "name").strip(), "nothing else is needed"
 
 
 def test_a_training_that_cannot_be_scheduled_says_so(make_training: MakeTraining) -> None:

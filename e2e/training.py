@@ -207,3 +207,9 @@ def with_config_map(name: str, path: str) -> dict[str, Any]:
             "containers": [{"name": "trainer", "volumeMounts": [mount]}],
         }
     }
+
+
+def with_secret(name: str) -> dict[str, Any]:
+    """A pod template patch that gives the variables of a secret to the trainer."""
+    trainer = {"name": "trainer", "envFrom": [{"secretRef": {"name": name}}]}
+    return {"spec": {"containers": [trainer]}}

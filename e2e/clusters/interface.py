@@ -34,6 +34,12 @@ class Cluster(ABC):
     def programs(self) -> Path | None:
         """Folder of `kubectl` and `helm` that fit this cluster; None: those on the PATH."""
 
+    @property
+    @abstractmethod
+    def host(self) -> str:
+        """Address at which pods reach what listens there on this machine; while the cluster is
+        up."""
+
     @abstractmethod
     def is_up(self) -> bool:
         """Whether `up` has completed, `down` has not begun, and it still runs."""

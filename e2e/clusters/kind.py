@@ -38,6 +38,12 @@ class KindCluster(Cluster):
     def _complete(self) -> Path:
         return self._folder / "complete"
 
+    @property
+    def host(self) -> str:
+        format_ = "{{range .IPAM.Config}}{{println .Gateway}}{{end}}"
+        gateways = run("docker", "network", "inspect", NETWORK, "--format", format_).split()
+        return next(gateway for gateway in gateways if ":" not in gateway)
+
     def is_up(self) -> bool:
         return self._complete.exists()
 

@@ -46,6 +46,10 @@ class NetnsCluster(Cluster):
     def programs(self) -> Path:
         return programs.folder()
 
+    @property
+    def host(self) -> str:
+        return self._plan().gateway
+
     def is_up(self) -> bool:
         # The mark alone outlives a reboot, which takes the processes.
         return self._state.complete.exists() and bool(self._api_server())
