@@ -241,6 +241,8 @@ def test_an_api_server_that_is_away_changes_nothing(
         assert not status(server, training).get("history")
         played.fail(training, 1)
         wait_running(server, training, played, 2)
+        # From the pod itself, and not from its silence: what came after the outage is seen, too.
+        assert status(server, training)["history"][-1]["reason"] == "PodFailed"
         assert played.broken == []
     assert lease(server)["leaseTransitions"] == 0
 

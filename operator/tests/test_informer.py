@@ -164,6 +164,35 @@ def test_contact_is_lost_only_until_the_next_event(run_in_fake_time: Run) -> Non
     run_in_fake_time(main())
 
 
+def test_after_an_outage_all_is_listed_before_anything_is_believed(run_in_fake_time: Run) -> None:
+    async def main() -> None:
+        w = Watched()
+        w.cluster.lists = [[Page([pod("a", 1)], "1")], [Page([pod("a", 9, "Failed")], "9")]]
+        w.cluster.watches = [[ClusterError("refused")] for _ in range(5)]
+        task = asyncio.create_task(w.informer.run())
+        await asyncio.sleep(7)  # 0.5 + 1 + 2 + 4 s between five tries
+        assert w.informer.lost_s > 0
+        await asyncio.sleep(9)
+        assert (w.held, w.informer.lost_s) == ({"a": "Failed"}, 0)
+        assert w.cluster.watched_from == ["1", "1", "1", "1", "1", "9"]
+        task.cancel()
+
+    run_in_fake_time(main())
+
+
+def test_history_that_is_gone_is_made_up_for_at_once(run_in_fake_time: Run) -> None:
+    async def main() -> None:
+        w = Watched()
+        w.cluster.lists = [[Page([pod("a", 1)], "1")], [Page([pod("a", 9, "Failed")], "9")]]
+        w.cluster.watches = [[60.0, Gone("too old")]]
+        task = asyncio.create_task(w.informer.run())
+        await asyncio.sleep(60.01)
+        assert w.held == {"a": "Failed"}
+        task.cancel()
+
+    run_in_fake_time(main())
+
+
 def test_stream_that_ends_at_once_again_and_again_is_not_a_busy_loop(run_in_fake_time: Run) -> None:
     async def main() -> None:
         w = Watched()

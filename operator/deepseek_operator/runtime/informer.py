@@ -17,6 +17,9 @@ from deepseek_operator.runtime.clock import backoff_s
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 15.0
 SHORTEST_WATCH_S: Final = 5.0  # a stream that ends sooner is a failure to be paused after
+# After that long without contact all is listed again. A restarted API server accepts a watch from
+# before, and says only then that it does not know so old a version.
+LIST_AFTER_S: Final = 5.0
 
 V = TypeVar("V")
 Id = tuple[str, str]  # namespace and name
@@ -56,6 +59,7 @@ class Informer(Generic[V]):
         self._failures = 0
         self._lost_at_s: float | None = None  # loop time
         self._heard_at_s = 0.0
+        self._listed_at_s = 0.0
 
     @property
     def name(self) -> str:
@@ -91,11 +95,14 @@ class Informer(Generic[V]):
             except Gone as error:
                 log.info("history of %s is gone, listing again: %s", self.name, error)
                 self._version = ""
-                await self._pause()
+                if asyncio.get_running_loop().time() - self._listed_at_s < SHORTEST_WATCH_S:
+                    await self._pause()
             except ClusterError as error:
                 if self._lost_at_s is None:
                     self._lost_at_s = asyncio.get_running_loop().time()
                     log.warning("cannot watch %s, trying again: %s", self.name, error)
+                elif self.lost_s > LIST_AFTER_S:
+                    self._version = ""
                 await self._pause()
 
     async def _list(self) -> str:
@@ -104,7 +111,7 @@ class Informer(Generic[V]):
         async for page in self._cluster.list_pages(
             self._resource, namespace=self.namespace, label_selector=self._label_selector
         ):
-            self._heard()
+            self._heard_at_s = asyncio.get_running_loop().time()
             version = page.resource_version
             for stored in page.items:
                 view = self._narrow(stored)
@@ -115,6 +122,8 @@ class Informer(Generic[V]):
         for key, view in found.items():
             self._set(key, view)
         self.synced = True
+        self._heard()
+        self._listed_at_s = self._heard_at_s
         return version
 
     async def _watch(self) -> None:
@@ -160,7 +169,9 @@ class Informer(Generic[V]):
 
     def _heard(self) -> None:
         self._heard_at_s = asyncio.get_running_loop().time()
-        self._lost_at_s = None
+        if self._lost_at_s is not None:
+            self._lost_at_s = None
+            self._failures = 0
 
     async def _pause(self) -> None:
         self._failures += 1
