@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _run(server: ApiServer, operator: OperatorProcess, played: Puppets, nodes: list[str]) -> None:
-    wait_until(lambda: len(_nodes(server)) == len(nodes), "the nodes", timeout_s=PATIENCE_S)
+    _wait(lambda: len(_nodes(server)) == len(nodes), "the nodes")
     with _Cost(operator) as cost:
         _apply(server)
         began_s = time.monotonic()
@@ -73,7 +73,7 @@ def _run(server: ApiServer, operator: OperatorProcess, played: Puppets, nodes: l
         replaced, together = _first_s(
             hit,
             off_s,
-            lambda: {name for name in hit if played.made[name] != pods[name]},
+            lambda: {name for name in pods if played.made[name] != pods[name]},
             lambda: _together(played, 2),
         )
     print(f"{LOST} nodes are lost, {len(hit)} trainings are hit")

@@ -70,13 +70,13 @@ class Informer(Generic[V]):
     @property
     def lost_s(self) -> float:
         """How long it has known that it cannot reach the API server; 0 while it can."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = _now_s()
         return 0.0 if self._lost_at_s is None else now_s - self._lost_at_s
 
     @property
     def quiet_s(self) -> float:
         """Since the last event, bookmark or page."""
-        return asyncio.get_running_loop().time() - self._heard_at_s
+        return _now_s() - self._heard_at_s
 
     def expect(self, stored: dict[str, Any]) -> None:
         """Take in an object that was just created, unless the watch has already come past it."""
@@ -95,11 +95,11 @@ class Informer(Generic[V]):
             except Gone as error:
                 log.info("history of %s is gone, listing again: %s", self.name, error)
                 self._version = ""
-                if asyncio.get_running_loop().time() - self._listed_at_s < SHORTEST_WATCH_S:
+                if _now_s() - self._listed_at_s < SHORTEST_WATCH_S:
                     await self._pause()
             except ClusterError as error:
                 if self._lost_at_s is None:
-                    self._lost_at_s = asyncio.get_running_loop().time()
+                    self._lost_at_s = _now_s()
                     log.warning("cannot watch %s, trying again: %s", self.name, error)
                 elif self.lost_s > LIST_AFTER_S:
                     self._version = ""
@@ -111,7 +111,7 @@ class Informer(Generic[V]):
         async for page in self._cluster.list_pages(
             self._resource, namespace=self.namespace, label_selector=self._label_selector
         ):
-            self._heard_at_s = asyncio.get_running_loop().time()
+            self._heard_at_s = _now_s()
             version = page.resource_version
             for stored in page.items:
                 view = self._narrow(stored)
@@ -128,7 +128,7 @@ class Informer(Generic[V]):
 
     async def _watch(self) -> None:
         """Follow changes until the stream ends."""
-        began_s = asyncio.get_running_loop().time()
+        began_s = _now_s()
         reached = False
         try:
             async for event in self._cluster.watch(
@@ -146,7 +146,7 @@ class Informer(Generic[V]):
             if not reached:
                 raise
             log.info("watch of %s broke, going on: %s", self.name, error)
-        if asyncio.get_running_loop().time() - began_s < SHORTEST_WATCH_S:
+        if _now_s() - began_s < SHORTEST_WATCH_S:
             await self._pause()
         else:
             self._failures = 0
@@ -168,7 +168,7 @@ class Informer(Generic[V]):
         self._on_change(before, after)
 
     def _heard(self) -> None:
-        self._heard_at_s = asyncio.get_running_loop().time()
+        self._heard_at_s = _now_s()
         if self._lost_at_s is not None:
             self._lost_at_s = None
             self._failures = 0
@@ -180,6 +180,11 @@ class Informer(Generic[V]):
                 self._failures, first_s=FIRST_PAUSE_S, last_s=LAST_PAUSE_S, jitter=self._jitter()
             )
         )
+
+
+def _now_s() -> float:
+    """Loop time."""
+    return asyncio.get_running_loop().time()
 
 
 def _id(stored: dict[str, Any]) -> Id:
