@@ -290,6 +290,8 @@ def _leading_beside_a_worker(subject: Subject) -> str:
     if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
         others = [other for other in subject.cluster.nodes() if other != node]
         subject.cluster.kubectl("cordon", *others)
-        subject.suffer("delete-pod", 0)
-        subject.cluster.kubectl("uncordon", *others)
+        try:
+            subject.suffer("delete-pod", 0)
+        finally:
+            subject.cluster.kubectl("uncordon", *others)
     return node

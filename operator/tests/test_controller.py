@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from deepseek_operator.core.model import Key, Settings
 from deepseek_operator.kube.port import (
+    NODES,
     PODS,
     TRAININGS,
     ClusterError,
@@ -142,6 +143,17 @@ class Bench:
                 "team", name, {"phase": "Running", "containerStatuses": running}
             )
 
+    def find_no_node(self) -> None:
+        """What the scheduler says where pods are kept away from the only node."""
+        reason = "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
+        waiting = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        for pod in self.pods():
+            self.cluster.set_pod_status(
+                "team",
+                pod["metadata"]["name"],
+                {"phase": "Pending", "conditions": [{**waiting, "message": reason}]},
+            )
+
     def join(self) -> None:
         for slot, pod in enumerate(self.pods()):
             join = Join(
@@ -253,6 +265,28 @@ def test_older_event_does_not_undo_what_was_written(run_in_fake_time: Run) -> No
             assert bench.controller.trainings[KEY].status.attempt == attempt
             assert bench.status["attempt"] == attempt
             assert len(bench.pods()) == 2
+
+    run_in_fake_time(main())
+
+
+def test_what_follows_from_a_written_status_waits_for_no_event(run_in_fake_time: Run) -> None:
+    """The event of a write may come before its answer is known, or after, and then says nothing."""
+
+    async def main() -> None:
+        bench = Bench()
+        bench.watching = False
+        broken = {"type": "GpuUnhealthy", "status": "True"}
+        bench.cluster.edit(
+            NODES, "", "node-0", lambda node: node["status"]["conditions"].append(broken)
+        )
+        await bench.apply()
+        async with bench.operator():
+            await asyncio.sleep(1)
+            first = [p["metadata"]["uid"] for p in bench.pods()]
+            bench.find_no_node()
+            await asyncio.sleep(15)
+            assert bench.status["nodes"][0]["tolerated"]
+            assert not {p["metadata"]["uid"] for p in bench.pods()}.intersection(first)
 
     run_in_fake_time(main())
 

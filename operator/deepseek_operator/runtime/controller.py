@@ -251,7 +251,10 @@ class Controller:
         )
 
     def _take_over(self, training: Training, decided: Plan, resource_version: str) -> None:
-        """Go on from the status that was written, until the watch shows it or a newer one."""
+        """Go on from the status that was written, until the watch shows it or a newer one.
+
+        The watch's event of this very write says nothing new then, so nobody else would look again.
+        """
         key, status = training.key, decided.status
         known = self.trainings.get(key)
         if status is None or known is None or known.uid != training.uid:
@@ -264,6 +267,7 @@ class Controller:
             self.trainings[key] = replace(
                 training, status=status, resource_version=resource_version
             )
+            self.queue.add(key)
 
     def _expect(self, outcome: Outcome) -> None:
         """Know the pods just made before the watch tells of them, so as not to make them again."""
