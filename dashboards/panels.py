@@ -44,6 +44,15 @@ class Query:
         return next((metric.absent for metric in used if metric.absent), "")
 
 
+def quantiles(histogram: str, selector: str) -> tuple[Query, ...]:
+    """Median and 95th percentile of a histogram's series that a selector (`{...}`) finds."""
+    buckets = f"sum by (le) (rate({histogram}_bucket{selector}[$__rate_interval]))"
+    return tuple(
+        Query(f"histogram_quantile({q}, {buckets})", legend)
+        for q, legend in ((0.5, "median"), (0.95, "95th percentile"))
+    )
+
+
 @dataclass(frozen=True)
 class Panel:
     """One question; `empty` says when no series answers it, if the metrics do not say so already.

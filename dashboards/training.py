@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dstrain_api.metrics import CONTROLLER
-
-from dashboards.panels import Board, Panel, Query, Row, Variable
+from dashboards.operator_row import OPERATOR
+from dashboards.panels import Board, Panel, Query, Row, Variable, quantiles
 
 _OF = '{namespace="$namespace", training="$training"}'
-# Other controllers use these names as well; only the operator's targets have its build info.
-_OF_OPERATOR = "and on (job, instance) dstrain_operator_build_info"
-
-
-def _quantiles(histogram: str, selector: str = _OF) -> tuple[Query, ...]:
-    buckets = f"sum by (le) (rate({histogram}_bucket{selector}[$__rate_interval]))"
-    return tuple(
-        Query(f"histogram_quantile({q}, {buckets})", legend)
-        for q, legend in ((0.5, "median"), (0.95, "95th percentile"))
-    )
 
 
 def _quantiles_shown(histogram: str) -> tuple[Query, ...]:
@@ -138,7 +127,7 @@ _CURVES = Row(
             "Step time",
             "Wall time of an optimizer step. Tail far above the median: uneven workers or data.",
             "s",
-            _quantiles("dstrain_step_duration_seconds"),
+            quantiles("dstrain_step_duration_seconds", _OF),
         ),
         Panel(
             "Gradient norm",
@@ -349,69 +338,6 @@ _RECOVERY = Row(
     ),
 )
 
-_OPERATOR = Row(
-    "Operator",
-    (
-        Panel(
-            "Reconcile time",
-            "One look at a training and the writes that follow. Above a second: the API is slow.",
-            "s",
-            _quantiles(
-                "controller_runtime_reconcile_time_seconds", f'{{controller="{CONTROLLER}"}}'
-            ),
-        ),
-        Panel(
-            "Reconciles",
-            "Per second, by result. Errors that stay: read the operator's log.",
-            "ops",
-            (
-                Query(
-                    "sum by (result) (rate(controller_runtime_reconcile_total"
-                    f'{{controller="{CONTROLLER}"}}[$__rate_interval]))',
-                    "{{result}}",
-                ),
-            ),
-        ),
-        Panel(
-            "Queue depth",
-            "Trainings that wait to be looked at. It should return to zero.",
-            "none",
-            (Query(f'sum(workqueue_depth{{name="{CONTROLLER}"}})', "waiting"),),
-        ),
-        Panel(
-            "Kubernetes API calls",
-            "Requests per second by status code; 409 is normal now and then, 429 and 5xx are not.",
-            "reqps",
-            (
-                Query(
-                    "sum by (code) (rate(rest_client_requests_total[$__rate_interval]) "
-                    f"{_OF_OPERATOR})",
-                    "{{code}}",
-                ),
-            ),
-        ),
-        Panel(
-            "Event loop lag",
-            "How late the operator's event loop wakes up. Above a second it misses beats.",
-            "s",
-            (Query("max(dstrain_operator_event_loop_lag_seconds)", "lag"),),
-        ),
-        Panel(
-            "Trainings finished",
-            "All trainings that ended in the time shown, by result.",
-            "none",
-            (
-                Query(
-                    "sum by (result) (increase(dstrain_trainings_finished_total[$__range]))",
-                    "{{result}}",
-                ),
-            ),
-            kind="stat",
-            decimals=0,
-        ),
-    ),
-)
-
 TRAINING = Board(
     uid="dstrain-training",
     title="dstrain / Training",
@@ -420,5 +346,5 @@ TRAINING = Board(
         Variable("namespace", "Namespace", "dstrain_training_phase"),
         Variable("training", "Training", 'dstrain_training_phase{namespace="$namespace"}'),
     ),
-    rows=(_HEALTH, _CURVES, _GPUS, _RECOVERY, _OPERATOR),
+    rows=(_HEALTH, _CURVES, _GPUS, _RECOVERY, OPERATOR),
 )

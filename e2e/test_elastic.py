@@ -57,7 +57,7 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
 
 
 def _steps_on(training: Training) -> None:
-    training.wait_step(training.seen[-1].step + 30, PATIENCE_S)
+    training.wait_step(training.seen[-1].step + 20, PATIENCE_S)
 
 
 def _size(status: dict[str, object]) -> int:

@@ -28,7 +28,7 @@ from e2e.s3 import S3Server
 
 MINI = Path(__file__).resolve().parent.parent / "examples" / "mini.yaml"
 TOKENS_PER_STEP = 16 * 64
-OUTAGE_S = 20.0
+OUTAGE_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_loaded(
 def test_a_server_that_is_away_during_a_save_holds_up_nobody(
     server: S3Server, objects: Path, tmp_path: Path
 ) -> None:
-    made = training(objects, steps=600, every_steps=50)
+    made = training(objects, steps=400, every_steps=50)
     stage = LocalStage(made, tmp_path / "run", nodes=2)
 
     def step() -> int:

@@ -22,7 +22,10 @@ from e2e.report import Report
 from e2e.s3 import S3Server
 from e2e.training import Seen, Training, with_config_map, with_secret
 
-SHORT: dict[str, Any] = {"training": {"total": {"tokens": 204_800}}}  # a third of the example
+SHORT: dict[str, Any] = {  # a fifth of the example
+    "training": {"total": {"tokens": 122_880}},
+    "checkpoint": {"everySteps": 20},
+}
 COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores
 
 
@@ -202,18 +205,18 @@ def test_a_training_that_keeps_checkpoints_in_a_bucket_goes_on_from_there(
 ) -> None:
     bucket = bucket_server.bucket("checkpoints")
     training = make_training(
-        "bucket", **SHORT,
-        checkpoint={"uri": "s3://checkpoints/run-7", "everySteps": 40},
+        "bucket", training=SHORT["training"],
+        checkpoint={"uri": "s3://checkpoints/run-7", "everySteps": 20},
         workers={"template": with_secret("checkpoint-bucket")},
     )  # fmt: skip
     keys = [f"--from-literal={name}={value}" for name, value in bucket_server.environment.items()]
     training.kubectl("create", "secret", "generic", "checkpoint-bucket", *keys)
     training.apply()
-    training.wait("a commit", lambda s: _committed(s) >= 40, 180)
+    training.wait("a commit", lambda s: _committed(s) >= 20, 180)
     # What is in memory goes with its pods.
     training.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
     finished = training.wait_complete(COMPLETE_S)
-    assert finished.status["history"][-1]["resumedStep"] >= 40
+    assert finished.status["history"][-1]["resumedStep"] >= 20
     assert loss(finished) == pytest.approx(short_losses[0], abs=1e-3)
     total = finished.status["progress"]["totalSteps"]
     assert finished.status["checkpoint"]["uri"] == f"s3://checkpoints/run-7/step-{total}"

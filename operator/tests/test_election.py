@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from deepseek_operator.core.lease import DURATION_S, destination
+from deepseek_operator.core.lease import DEADLINE_S, DURATION_S, destination
 from deepseek_operator.kube.port import LEASES, SERVICES, SLICES, ClusterError, Resource
 from deepseek_operator.local.memory import MemoryCluster
 from deepseek_operator.runtime.election import Election, Replica
@@ -122,7 +122,7 @@ def test_a_killed_leader_is_followed_within_20_seconds(run_in_fake_time: Run) ->
                 c.kill(first)
                 second, took_s = await c.leader(20)
                 assert second != first
-                assert DURATION_S - 2 < took_s < 16
+                assert DURATION_S - 2 < took_s < DURATION_S + 2
                 await c.start(first)
                 first = second
 
@@ -167,7 +167,7 @@ def test_a_leader_cut_off_acts_no_more_before_another_one_leads_and_then_knows_i
         async with contest("op-1", "op-2") as c:
             first, _ = await c.leader(5)
             c.reach[first].away = True
-            await asyncio.sleep(8.1)
+            await asyncio.sleep(DEADLINE_S + 0.1)
             assert not c.leaders
             second, _ = await c.leader(20)
             assert second != first
@@ -207,7 +207,7 @@ def test_a_request_that_hangs_does_not_keep_a_leader_leading(run_in_fake_time: R
         async with contest("op-1", "op-2") as c:
             first, _ = await c.leader(5)
             c.reach[first].slow_s = 3600.0
-            await asyncio.sleep(9)
+            await asyncio.sleep(DEADLINE_S + 0.1)
             assert c.leaders == []
             second, _ = await c.leader(10)
             assert second != first

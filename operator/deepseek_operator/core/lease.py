@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-DURATION_S: Final = 9  # a Lease that nobody renewed for so long may be taken
-DEADLINE_S: Final = 6.5
+DURATION_S: Final = 7  # a Lease that nobody renewed for so long may be taken
+DEADLINE_S: Final = 5.0
 
 Object = dict[str, Any]
 

@@ -37,9 +37,9 @@ from deepseek_operator.kube.port import (
     NotFound,
 )
 
-RENEW_S: Final = 2.0
-LOOK_S: Final = 1.0  # how soon a Lease that was given back is taken
-CALL_S: Final = 3.0  # a request without an answer is made anew
+RENEW_S: Final = 1.5
+LOOK_S: Final = 0.5  # how soon a Lease that is free is taken
+CALL_S: Final = 2.0  # a request without an answer is made anew
 ROUTE_CHECK_S: Final = 10.0
 STANDSTILL_S: Final = 60.0
 
