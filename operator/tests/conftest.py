@@ -1,13 +1,20 @@
-"""A clock that jumps: coroutines that wait for minutes run in no time, in the right order."""
+"""A clock that jumps: coroutines that wait for minutes run in no time, in the right order.
+
+Makes the modules that tests share importable, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import selectors
+import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class _JumpingSelector(selectors.DefaultSelector):
