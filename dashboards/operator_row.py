@@ -60,7 +60,7 @@ OPERATOR = Row(
             "Leader",
             "The replica that acts. A gap is a takeover: training goes on meanwhile.",
             "none",
-            (Query("dstrain_operator_leader == 1", "{{instance}}"),),
+            (Query("dstrain_operator_leader > 0", "{{instance}}"),),
         ),
         Panel(
             "Trainings finished",

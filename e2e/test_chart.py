@@ -62,7 +62,7 @@ def test_with_a_certificate_of_its_own_ca_workers_speak_tls_to_the_operator(
     try:
         values = ("--set", "tls.secretName=own-ca", "--set", "tls.caKey=ca.crt")
         install.helm_install(cluster, images, *values)
-        training = make_training("secret", training={"total": {"tokens": 51_200}})
+        training = make_training("secret", training={"total": {"tokens": 20_480}})
         training.apply()
         finished = training.wait_complete(300)
         assert finished.status["checkpoint"]["step"] == finished.status["progress"]["totalSteps"]

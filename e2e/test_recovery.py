@@ -223,7 +223,7 @@ def test_training_does_not_notice_that_the_operator_is_killed(subject: Subject) 
     wait_until(
         lambda: subject.operator.pod()["metadata"]["name"] != before, "a leader", timeout_s=30
     )
-    subject.steps_on(50)
+    subject.steps_on()
     assert (subject.generation, subject.uids()) == (generation, uids)
     assert subject.now.status["history"] == entries
 

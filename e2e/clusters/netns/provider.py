@@ -123,6 +123,7 @@ class NetnsCluster(Cluster):
             machine.kill(plan, state, node)
             remains.remove_shim_sockets(state.node(node) / "containerd-state")
         remains.unmount_below(state.folder)
+        _for_each(plan.nodes, lambda node: remains.remove_below(state.node(node)))
         network.remove_all(plan)
         cgroups.remove(f"{plan.prefix}-")
         remains.remove_cni_results(state.folder)
