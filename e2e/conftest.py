@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from e2e.clusters.interface import Cluster
 from e2e.clusters.providers import choose
 from e2e.report import Report
 from e2e.training import Training
+from e2e.undisturbed import Losses, begun
 
 ROOT = Path(__file__).resolve().parent.parent
-UNDISTURBED_STEPS = 600  # four minutes of a cluster on two cores
+UNDISTURBED_STEPS = 600  # three minutes of a cluster on two cores
 NODES = 4  # two workers, a spare for a lost node, and one where the operator can stay
 
 
@@ -77,27 +77,23 @@ def a_namespace(cluster: Cluster) -> Iterator[str]:
         cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-UndisturbedRun = Future[soak.Undisturbed]
+UndisturbedRun = Future[Losses]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def background(request: pytest.FixtureRequest) -> Iterator[UndisturbedRun | None]:
-    """The undisturbed run takes minutes, so it begins with the session, in what time the first
-    tests leave.
-    """
+    """The undisturbed run begins with the session, in what time the first tests leave."""
     if not any("undisturbed" in getattr(i, "fixturenames", ()) for i in request.session.items):
         yield None
         return
-    manifest = soak.manifest("undisturbed", UNDISTURBED_STEPS, workers={"replicas": 1})
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=os.nice, initargs=(19,)) as pool:
-        yield pool.submit(soak.undisturbed, manifest)
+    with begun(soak.manifest("undisturbed", UNDISTURBED_STEPS)) as losses:
+        yield losses
 
 
 @pytest.fixture
 def undisturbed(background: UndisturbedRun) -> UndisturbedRun:
-    """The training of `e2e.soak` by one worker that nothing happens to, of UNDISTURBED_STEPS;
-    perhaps not at its end yet.
+    """Losses of the training of `e2e.soak` that nothing happens to, of UNDISTURBED_STEPS; perhaps
+    not at its end yet.
     """
     return background
 

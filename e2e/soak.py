@@ -11,7 +11,7 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from e2e.faults.plan import FaultPlan, Kind, random_plan
 from e2e.faults.recoveries import SLOW_S, histogram, recovery_s, story
 from e2e.report import Report, this_machine
 from e2e.training import Training
+from e2e.undisturbed import Losses, begun
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 NODES: Final = 5  # a worker each, a spare, and one more for the node that is off
@@ -54,7 +55,7 @@ MODEL: Final = {"preset": "mini", "overrides": {"moe": {"topK": 4}}}
 SPEC: Final[dict[str, Any]] = {
     "model": MODEL,
     "data": {"sources": [{"uri": "builtin://mini"}]},
-    "training": {"globalBatch": 96, "microBatch": 8, "seed": 1},
+    "training": {"globalBatch": 48, "microBatch": 4, "seed": 1},
     "optimizer": {"lr": 3.0e-3},
     "precision": {"compute": "fp32"},
     "workers": {"replicas": WORKERS, "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}}},
@@ -92,13 +93,16 @@ class Result:
 
     def text(self) -> str:
         """The faults, the histogram and the losses."""
-        costs = [(i, recovery_s(i, self.versions)) for i in self.injections]
+        # What training does not notice has no recovery.
+        costs = [
+            (i, None if i.fault.kind == "kill-operator" else recovery_s(i, self.versions))
+            for i in self.injections
+        ]
         lines = [
             f"{i.fault.kind:<16} slot {i.fault.slot}  "
             + ("no new generation" if cost is None else f"new step after {cost:.1f} s")
             for i, cost in costs
         ]
-        # What training does not notice has no recovery.
         noticed = [(i, cost) for i, cost in costs if i.fault.kind != "kill-operator"]
         slow = [
             f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
@@ -133,27 +137,14 @@ def manifest(name: str, steps: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """A training that nothing has happened to: what others are held against."""
-
-    losses: dict[int, float]
-    steps_per_second: float
-
-    @property
-    def loss(self) -> float:
-        """At the end."""
-        return self.losses[max(self.losses)]
-
-
-def losses(versions: list[Version]) -> dict[int, float]:
+def losses(versions: list[Version]) -> Losses:
     """Nats per token by step, for those steps that the status has told of."""
     told = [v.status.get("progress", {}) for v in versions]
     return {p["step"]: float(p["loss"]) for p in told if p.get("loss") is not None}
 
 
-def undisturbed(training: dict[str, Any]) -> Undisturbed:
-    """Train as one process of this machine."""
+def steps_per_second(training: dict[str, Any]) -> float:
+    """Of this machine, with all workers on it and nothing going wrong."""
     with tempfile.TemporaryDirectory() as folder:
         stage = LocalStage(training, Path(folder), nodes=1)
         with stage.running():
@@ -162,7 +153,7 @@ def undisturbed(training: dict[str, Any]) -> Undisturbed:
     first = next(v for v in versions if v.status.get("progress", {}).get("step", 0) > 0)
     last = versions[-1]
     steps = last.status["progress"]["step"] - first.status["progress"]["step"]
-    return Undisturbed(losses(versions), steps / (last.at_s - first.at_s))
+    return float(steps / (last.at_s - first.at_s))
 
 
 @dataclass(frozen=True)
@@ -189,9 +180,9 @@ def soak(
     training: Training,
     operator: install.Release,
     faults: FaultPlan,
-    beside: Callable[[], Undisturbed],
+    beside: Future[Losses],
 ) -> Result:
-    """Train under a plan's faults to the end; what it is held against is asked for after that."""
+    """Train under a plan's faults to the end; hold it against the losses `beside`."""
     began_s = time.monotonic()
     stage = ClusterStage(training.cluster, training, operator)
     minutes = max((f.at.seconds or 0.0 for f in faults.faults), default=0.0) / 60
@@ -203,16 +194,17 @@ def soak(
     finally:
         training.close()
     took_minutes = (time.monotonic() - began_s) / 60
-    return Result(injections, stage.versions(), took_minutes, beside().loss)
+    undisturbed = beside.result()
+    return Result(injections, stage.versions(), took_minutes, undisturbed[max(undisturbed)])
 
 
 def run(cluster: Cluster, operator: install.Release, namespace: str, options: Options) -> Result:
     """The whole of it: measure this machine, the undisturbed run, the disturbed one."""
-    rate = undisturbed(manifest("calibration", CALIBRATION_STEPS)).steps_per_second
+    rate = steps_per_second(manifest("calibration", CALIBRATION_STEPS))
     steps = int(PRODUCTIVE * rate * 60 * options.minutes)
-    beside = undisturbed(manifest("undisturbed", steps))
     training = Training(cluster, manifest("soak", steps), namespace)
-    return soak(training, operator, plan(options), lambda: beside)
+    with begun(training.manifest) as beside:
+        return soak(training, operator, plan(options), beside)
 
 
 def main() -> int:

@@ -285,13 +285,15 @@ def test_the_node_of_the_leading_operator_and_a_worker_is_lost(subject: Subject)
 
 
 def _leading_beside_a_worker(subject: Subject) -> str:
-    """Node of the leading replica, where a worker is put if there is none."""
-    node = subject.operator.node()
-    if node not in {subject.stage.node_of(slot) for slot in range(WORKERS)}:
-        others = [other for other in subject.cluster.nodes() if other != node]
-        subject.cluster.kubectl("cordon", *others)
-        try:
-            subject.suffer("delete-pod", 0)
-        finally:
-            subject.cluster.kubectl("uncordon", *others)
-    return node
+    """Node of the leading replica, once leaders elsewhere were told to stop."""
+    at_work = {subject.stage.node_of(slot) for slot in range(WORKERS)}
+    idle = [node for node in subject.cluster.nodes() if node not in at_work]
+    where = ("-n", subject.operator.namespace)
+    subject.cluster.kubectl("cordon", *idle)
+    try:
+        while (leader := subject.operator.pod())["spec"]["nodeName"] in idle:
+            subject.cluster.kubectl(*where, "delete", "pod", leader["metadata"]["name"])
+        subject.cluster.kubectl(*where, "rollout", "status", "deployment", "--timeout=60s")
+    finally:
+        subject.cluster.kubectl("uncordon", *idle)
+    return subject.operator.node()

@@ -50,10 +50,9 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
     cluster.power_on(node)
     cluster.wait_ready(node)
 
-    told, expected = soak.losses(stage.versions()), undisturbed.result().losses
-    both = told.keys() & expected.keys()
-    assert len(both) >= 8, "both statuses told of enough of the same steps"
-    assert {s: told[s] for s in both} == pytest.approx({s: expected[s] for s in both}, abs=1e-3)
+    told, expected = soak.losses(stage.versions()), undisturbed.result()
+    assert len(told) >= 16, "a curve, not a point"
+    assert told == pytest.approx({step: expected[step] for step in told}, abs=1e-3)
 
 
 def _steps_on(training: Training) -> None:

@@ -22,8 +22,8 @@ from e2e.report import Report
 from e2e.s3 import S3Server
 from e2e.training import Seen, Training, with_config_map, with_secret
 
-SHORT: dict[str, Any] = {  # a fifth of the example
-    "training": {"total": {"tokens": 122_880}},
+SHORT: dict[str, Any] = {  # 80 steps
+    "training": {"total": {"tokens": 81_920}},
     "checkpoint": {"everySteps": 20},
 }
 COMPLETE_S = 300.0  # the mini model needs about a minute on two quiet cores

@@ -21,6 +21,6 @@ def test_random_faults_do_not_change_the_result(
     report: Report,
 ) -> None:
     training = Training(cluster, soak.manifest("soak", UNDISTURBED_STEPS), namespace)
-    result = soak.soak(training, operator, soak.plan(OPTIONS), undisturbed.result)
+    result = soak.soak(training, operator, soak.plan(OPTIONS), undisturbed)
     report.text(f"soak, seed {OPTIONS.seed}", result.text())
     assert result.passed, f"seed {OPTIONS.seed}\n{result.text()}"
