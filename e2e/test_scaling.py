@@ -51,7 +51,8 @@ def test_the_size_of_the_gang_does_not_change_the_loss(
     cluster.wait_ready(node)
 
     told, expected = soak.losses(stage.versions()), undisturbed.result()
-    assert len(told) >= 16, "a curve, not a point"
+    sizes = {_size(version.status) for version in stage.versions()}
+    assert sizes >= {2, 3, 4}, "every size has its part of the curve"
     assert told == pytest.approx({step: expected[step] for step in told}, abs=1e-3)
 
 
