@@ -93,28 +93,24 @@ class Result:
 
     def text(self) -> str:
         """The faults, the histogram and the losses."""
-        # What training does not notice has no recovery.
-        costs = [
-            (i, None if i.fault.kind == "kill-operator" else recovery_s(i, self.versions))
-            for i in self.injections
-        ]
+        costs = [(i, recovery_s(i, self.versions)) for i in self.injections]
         lines = [
             f"{i.fault.kind:<16} slot {i.fault.slot}  "
             + ("no new generation" if cost is None else f"new step after {cost:.1f} s")
             for i, cost in costs
         ]
-        noticed = [(i, cost) for i, cost in costs if i.fault.kind != "kill-operator"]
         slow = [
             f"\n{i.fault.kind} took {cost:.1f} s:\n{story(i, self.versions)}"
-            for i, cost in noticed
+            for i, cost in costs
             if cost is not None and cost > SLOW_S
         ]
+        noticed = [(i.fault.kind, cost) for i, cost in costs if i.fault.kind != "kill-operator"]
         return "\n".join(
             [
                 *lines,
                 *slow,
                 "",
-                histogram((i.fault.kind, cost) for i, cost in noticed),
+                histogram(noticed),
                 "",
                 f"{len(self.injections)} faults in {self.minutes:.1f} minutes; "
                 f"{self.last['phase']} at step {self.last['progress']['step']}",
@@ -135,12 +131,6 @@ def manifest(name: str, steps: int, **changes: Any) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": spec,
     }
-
-
-def losses(versions: list[Version]) -> Losses:
-    """Nats per token by step, for those steps that the status has told of."""
-    told = [v.status.get("progress", {}) for v in versions]
-    return {p["step"]: float(p["loss"]) for p in told if p.get("loss") is not None}
 
 
 def steps_per_second(training: dict[str, Any]) -> float:
@@ -199,7 +189,7 @@ def soak(
 
 
 def run(cluster: Cluster, operator: install.Release, namespace: str, options: Options) -> Result:
-    """The whole of it: measure this machine, the undisturbed run, the disturbed one."""
+    """The whole of it: measure this machine, then the disturbed run and the undisturbed one."""
     rate = steps_per_second(manifest("calibration", CALIBRATION_STEPS))
     steps = int(PRODUCTIVE * rate * 60 * options.minutes)
     training = Training(cluster, manifest("soak", steps), namespace)

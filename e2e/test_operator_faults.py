@@ -258,7 +258,7 @@ def test_an_api_server_that_is_too_busy_is_left_in_peace_for_as_long_as_it_asks(
         played.fail(training, 0)
         asked = len(between.asked)
         wait_until(lambda: len(between.asked) > asked, "a request", timeout_s=10)
-        time.sleep(6)
+        time.sleep(6)  # the time of throttling itself
         between.throttled = False
         refused = [a for a in between.asked[asked:] if a.code == 429 and a.is_write]
         # One training has one call under way at a time.
@@ -389,5 +389,5 @@ def live(server: ApiServer, names: list[str], played: Puppets) -> None:
     wait_until(
         lambda: not server.kubectl("get", "dst", "-o", "name"), "their end", timeout_s=WAIT_S
     )
-    time.sleep(1)
+    time.sleep(1)  # in which something wrong could be made
     assert pods(server) == [], "nothing is made for what is gone"

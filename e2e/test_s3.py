@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from deepseek_trainer.state.objects import CheckpointBucket
 from deepseek_trainer.state.store import CommitRefused
 from deepseek_trainer.state.verify import Verifier
 
+from e2e.clusters.shell import wait_until
 from e2e.faults.local import LocalStage
 from e2e.s3 import S3Server
 
@@ -278,13 +279,6 @@ def training(objects: Path, *, steps: int, every_steps: int) -> dict[str, Any]:
     return made
 
 
-def wait_for(holds: Callable[[], bool], within_s: float) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
-
-
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_loaded(
     objects: Path, tmp_path: Path
 ) -> None:
@@ -318,14 +312,14 @@ def test_a_server_that_is_away_during_a_save_holds_up_nobody(
         return int(versions[-1].status.get("checkpoint", {}).get("step", 0)) if versions else 0
 
     with stage.running():
-        wait_for(lambda: saved() >= 50, 120)
+        wait_until(lambda: saved() >= 50, "a save", timeout_s=120)
         server.kill()
         before, last_saved = step(), saved()
         time.sleep(OUTAGE_S)
         during = step()
         server.start()
         assert during > before + 50  # a save was due
-        wait_for(lambda: saved() > last_saved, 60)
+        wait_until(lambda: saved() > last_saved, "the next save", timeout_s=60)
     status = stage.versions()[-1].status
     assert (status["phase"], status["generation"]) == ("Complete", 1)
     assert status.get("history", []) == []

@@ -15,8 +15,11 @@ SLOW_S: Final = 20.0  # a recovery that takes longer breaks what docs/recovery.m
 def recovery_s(injection: Injection, versions: Sequence[Version]) -> float | None:
     """Seconds from the fault to the first new step that a later generation was seen to make.
 
-    None where no later generation came of it, or none has made a step.
+    None where no later generation came of it, or none has made a step: training does not notice
+    that an operator is killed, and the next generation is another fault's.
     """
+    if injection.fault.kind == "kill-operator":
+        return None
     for version in versions:
         status = version.status
         if version.at_s < injection.at_s or status.get("generation", 0) <= injection.generation:

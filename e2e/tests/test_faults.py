@@ -94,6 +94,11 @@ def test_a_recovery_ends_with_the_first_step_of_a_later_generation() -> None:
     assert recovery_s(injection, versions[:3]) is None
 
 
+def test_the_next_generation_is_not_what_a_killed_operator_cost() -> None:
+    injection = Injection(at_step(1, "kill-operator"), at_s=10.0, generation=3)
+    assert recovery_s(injection, [Version(9.0, status(3)), Version(90.0, status(4))]) is None
+
+
 def test_percentiles_are_values_that_were_seen() -> None:
     values = [float(v) for v in range(1, 21)]
     assert (percentile(values, 0.5), percentile(values, 0.95), percentile([3.0], 0.95)) == (
